@@ -1,0 +1,91 @@
+"""Twins + a point -> shuffled `[row, d]` batches of activations, the same tokens in the same order for every twin.
+
+The order is a pure function of the seed: windows come from Grain's shuffle, `windows_per_block` of them make a
+block, the rows of block j are permuted by the generator (seed, j), and batches are cut from the endless row of
+blocks. The whole state is therefore one integer, the number of rows given out, and a stream that goes on from it
+gives the same bits. Every counted token is given out once an epoch; a batch may span two blocks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float32
+
+from qsae_jax.acts.tokens import Windows, check_skip, counted_rows, shuffled
+from qsae_jax.lm.model import LM
+from qsae_jax.lm.tap import Point, activations
+from qsae_jax.mesh import on_data
+
+Block = dict[str, Float32[Array, "rows d"]]
+
+
+@jax.jit
+def _gather(old: Array, new: Array, rows: Array, from_new: Array) -> Array:
+    return jnp.where(from_new[:, None], jnp.take(new, rows, axis=0), jnp.take(old, rows, axis=0))
+
+
+@dataclass
+class ActivationStream:
+    """An endless iterator of `{twin: float32[batch, d]}`. `taken` is its state: set it to go on from there."""
+
+    twins: Mapping[str, LM]
+    point: Point
+    windows: Windows
+    mesh: Mesh
+    batch: int
+    seed: int = 0
+    skip_first: int = 1
+    windows_per_block: int = 64
+    windows_per_forward: int = 8
+    taken: int = 0
+    _blocks: dict[int, Block] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        counted = self.windows.seq - self.skip_first
+        check_skip(self.windows, self.skip_first)
+        forward = min(self.windows_per_forward, len(self.windows))
+        blocks = max(self.windows_per_block // forward, -(-self.batch // (forward * counted)), 1)
+        self.windows_per_forward, self.windows_per_block = forward, blocks * forward
+        self.rows_per_block = self.windows_per_block * counted
+        self._order = shuffled(self.windows, self.seed)
+
+    def __iter__(self) -> "ActivationStream":
+        return self
+
+    def __next__(self) -> Block:
+        """The next batch of each twin; row i of all twins is the same token."""
+        at = self.taken + np.arange(self.batch)
+        first = int(at[0]) // self.rows_per_block
+        permuted = [self._permutation(first), self._permutation(first + 1)]
+        rows = np.concatenate(permuted)[at - first * self.rows_per_block]
+        from_new = at // self.rows_per_block > first
+        old = self._block(first)
+        new = self._block(first + 1) if from_new.any() else old
+        for gone in [number for number in self._blocks if number < first]:
+            del self._blocks[gone]
+        self.taken += self.batch
+        return {name: on_data(_gather(old[name], new[name], rows, from_new), self.mesh) for name in self.twins}
+
+    def first(self, rows: int) -> Block:
+        """Up to so many rows of the first block, to look at before anything is given out."""
+        return {name: block[:rows] for name, block in self._block(0).items()}
+
+    def _permutation(self, number: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, number)).permutation(self.rows_per_block).astype(np.int32)
+
+    def _block(self, number: int) -> Block:
+        if number not in self._blocks:
+            start = number * self.windows_per_block
+            ids = np.stack([self._order[i] for i in range(start, start + self.windows_per_block)])
+            parts = np.split(ids, self.windows_per_block // self.windows_per_forward)
+            tokens = [on_data(part, self.mesh) for part in parts]
+            self._blocks[number] = {name: self._rows(name, tokens) for name in self.twins}
+        return self._blocks[number]
+
+    def _rows(self, name: str, tokens: list[Array]) -> Float32[Array, "rows d"]:
+        acts = [counted_rows(activations(self.twins[name], (self.point,), part)[0], self.skip_first) for part in tokens]
+        return jnp.concatenate([rows.astype(jnp.float32) for rows in acts])

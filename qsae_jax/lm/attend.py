@@ -1,0 +1,62 @@
+"""Causal softmax attention in two shapes of loop, equal in value.
+
+XLA's CPU backend runs batched products at about 10 GFLOP/s where a plain product reaches 130 (2 cores, jax 0.10.2):
+`attend` took 81 ms for 8 windows of 256 with 9 heads, a third of the model. `_by_group` makes them plain products,
+one key-value group at a time, and skips the keys that causality hides: 17 ms.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+CHUNKS = 4
+"""Into how many pieces the queries are cut; piece i reads the first (i+1)/4 of the keys."""
+
+
+def attend(
+    q: Float[Array, "b s h k"], k: Float[Array, "b s g k"], v: Float[Array, "b s g k"]
+) -> Float[Array, "b s h k"]:
+    """softmax(q k^T / sqrt(k)) v over the past; head h reads key-value group h // (H/G) (GQA, arXiv 2305.13245)."""
+    b, s, h, width = q.shape
+    q = (q * width**-0.5).reshape(b, s, k.shape[2], h // k.shape[2], width)
+    # One CPU only: a loop over groups would gather what a mesh has cut over its devices.
+    whole = _by_group if jax.default_backend() == "cpu" and jax.device_count() == 1 else _batched
+    return whole(q, k, v).reshape(b, s, h, width)
+
+
+def _weights(scores: Float32[Array, "*b s t"], start: int) -> Float32[Array, "*b s t"]:
+    """Softmax over the keys that query `start + i` may see: those up to itself."""
+    s, t = scores.shape[-2:]
+    seen = jnp.arange(t)[None, :] <= (start + jnp.arange(s))[:, None]
+    return jax.nn.softmax(jnp.where(seen.reshape((1,) * (scores.ndim - 2) + seen.shape), scores, -jnp.inf), axis=-1)
+
+
+def _batched(
+    q: Float[Array, "b s g r k"], k: Float[Array, "b s g k"], v: Float[Array, "b s g k"]
+) -> Float[Array, "b s g r k"]:
+    scores = jnp.einsum("bsgrk,btgk->bgrst", q, k, preferred_element_type=jnp.float32)
+    return jnp.einsum("bgrst,btgk->bsgrk", _weights(scores, 0).astype(v.dtype), v)
+
+
+def _by_group(
+    q: Float[Array, "b s g r k"], k: Float[Array, "b s g k"], v: Float[Array, "b s g k"]
+) -> Float[Array, "b s g r k"]:
+    b, s, g, r, width = q.shape
+    chunk = -(-s // CHUNKS)
+
+    def one(group: tuple[Array, Array, Array]) -> Float[Array, "s r k"]:
+        queries, keys, values = group
+        pieces = []
+        for start in range(0, s, chunk):
+            end = min(start + chunk, s)
+            rows = queries[:, start:end].reshape(r * (end - start), width)
+            scores = jnp.matmul(rows, keys[:end].T, preferred_element_type=jnp.float32)
+            weights = _weights(scores.reshape(r, end - start, end), start).astype(values.dtype)
+            piece = weights.reshape(r * (end - start), end) @ values[:end]
+            pieces.append(piece.reshape(r, end - start, width))
+        return jnp.concatenate(pieces, axis=1).transpose(1, 0, 2)
+
+    queries = q.transpose(0, 2, 3, 1, 4).reshape(b * g, r, s, width)
+    keys, values = (x.transpose(0, 2, 1, 3).reshape(b * g, s, width) for x in (k, v))
+    out = jax.lax.map(one, (queries, keys, values))
+    return out.reshape(b, g, s, r, width).transpose(0, 2, 1, 3, 4)

@@ -1,0 +1,114 @@
+"""Where to listen in a model, and how: points, capture, patch.
+
+A model calls `x = tap(point, x)` at each of its points. Capturing, replacing, ablating and steering are closures
+over that one argument. Under `jit`, returning only an activation makes XLA drop the later layers, and replacing an
+activation makes it drop the earlier ones.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from qsae_jax.errors import UserError, nearest
+from qsae_jax.lm.model import LM
+
+SITES = (
+    *("resid_pre", "attn.q", "attn.k", "attn.v", "attn.z", "attn_out", "resid_mid"),
+    *("mlp.pre", "mlp.post", "mlp_out", "resid_post"),
+)
+ENDS = ("embed", "final")
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """A place in a model: a site of one block, or one of the two ends (`layer` is None).
+
+    `attn.q|k|v` are before rotary, `attn.z` the heads before the output matrix, `mlp.pre` the gate before its
+    activation function, `final` the residual stream after the last norm. Other points are as TransformerLens has
+    them, without the `hook_`.
+    """
+
+    layer: int | None
+    site: str
+
+    def __str__(self) -> str:
+        return self.site if self.layer is None else f"blocks.{self.layer}.{self.site}"
+
+    @classmethod
+    def parse(cls, text: "str | Point") -> "Point":
+        """`blocks.8.resid_post`, or TransformerLens's `blocks.8.hook_resid_post`, `blocks.8.attn.hook_z`."""
+        if isinstance(text, Point):
+            return text
+        name = text.replace("hook_", "")
+        if name in ENDS:
+            return cls(None, name)
+        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        if found and found[2] in SITES:
+            return cls(int(found[1]), found[2])
+        near = nearest(found[2] if found else name, SITES + ENDS)
+        raise UserError(f"unknown point `{text}`: write blocks.LAYER.SITE, embed or final{near}")
+
+
+def check_point(lm: LM, text: str | Point) -> Point:
+    """The point, after making sure that this model has it."""
+    point = Point.parse(text)
+    if point.layer is not None and point.layer >= lm.config.n_layers:
+        raise UserError(f"point `{point}`: the model has blocks 0 to {lm.config.n_layers - 1}, choose one of these")
+    return point
+
+
+def points(lm: LM) -> list[Point]:
+    """Every point of a model, in the order of the data."""
+    inner = [Point(layer, site) for layer in range(lm.config.n_layers) for site in SITES]
+    return [Point(None, "embed"), *inner, Point(None, "final")]
+
+
+FINAL = Point(None, "final")
+
+
+@partial(jax.jit, static_argnums=1)
+def activations(lm: LM, wanted: tuple[Point, ...], tokens: Int[Array, "b s"]) -> tuple[Array, ...]:
+    """The activations at several points `[b, s, ...]`; layers after the last of them are not computed."""
+    kept: dict[str, Array] = {}
+
+    def tap(name: str, x: Array) -> Array:
+        kept[name] = x
+        return x
+
+    lm.hidden(tokens, tap)
+    return tuple(kept[str(point)] for point in wanted)
+
+
+def capture(lm: LM, where: str | Point | Iterable[str | Point]) -> Callable[[Int[Array, "b s"]], Array | dict]:
+    """A function from tokens `[b, s]` to the activations at one point `[b, s, ...]`, or to a dict for several."""
+    if isinstance(where, str | Point):
+        one = check_point(lm, where)
+        return lambda tokens: activations(lm, (one,), tokens)[0]
+    many = tuple(check_point(lm, point) for point in where)
+    return lambda tokens: dict(zip(many, activations(lm, many, tokens), strict=True))
+
+
+def width_at(lm: LM, point: Point) -> int:
+    """How many numbers a token has at a point (heads and their widths counted together)."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jax.numpy.int32)
+    shape = jax.eval_shape(lambda lm, tokens: activations(lm, (point,), tokens)[0], lm, tokens).shape
+    return int(np.prod(shape[2:]))
+
+
+@partial(jax.jit, static_argnums=1)
+def resume(lm: LM, point: Point, tokens: Int[Array, "b s"], x: Float[Array, "b s ..."]) -> Float[Array, "b s d"]:
+    """The activations at `final` when those at `point` are x: only the layers after the point are computed."""
+    return lm.hidden(tokens, lambda name, y: x.reshape(y.shape).astype(y.dtype) if name == str(point) else y)
+
+
+def patch(
+    lm: LM, edits: Mapping[str | Point, Callable[[Array], Array]]
+) -> Callable[[Int[Array, "b s"]], Float[Array, "b s vocab"]]:
+    """A function from tokens to logits in which each named activation `x` is replaced by `edits[point](x)`."""
+    at = {str(check_point(lm, point)): edit for point, edit in edits.items()}
+    return lambda tokens: lm(tokens, lambda name, x: at[name](x) if name in at else x)

@@ -1,0 +1,83 @@
+"""The (data, model) mesh, and the one set of rules from a weight's logical axes to the mesh.
+
+A weight says what its dimensions are (`axes=("embed", "mlp")`); RULES says which of these are cut over which mesh
+axis. A dimension that the mesh axis does not divide is replicated, so nine heads run on a mesh of eight. The mesh
+axes are `AxisType.Auto`: under explicit axes a top-k over sharded latents is refused (jax 0.10).
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from qsae_jax.errors import UserError
+
+AXES = ("data", "model")
+RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "latent": "model", "batch": "data"}
+
+
+def make_mesh(data: int = 0, model: int = 1) -> Mesh:
+    """A mesh of `data` x `model` devices; `data=0` takes as many as are left."""
+    have = jax.device_count()
+    data = data or max(have // model, 1)
+    if data * model > have or model < 1 or data < 1:
+        raise UserError(f"mesh {data}x{model} needs {data * model} devices, {have} are here: choose a smaller mesh")
+    devices = jax.devices()[: data * model]
+    return jax.make_mesh((data, model), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def parse_mesh(text: str) -> Mesh:
+    """`4x2` is 4 over data and 2 over model; `auto` puts all devices on data."""
+    if text == "auto":
+        return make_mesh()
+    try:
+        data, model = (int(part) for part in text.split("x"))
+    except ValueError:
+        raise UserError(f"mesh `{text}` is not of the form DATAxMODEL, for example 8x1 or 2x4") from None
+    return make_mesh(data, model)
+
+
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The partition of an array whose dimensions carry these logical axes; what does not divide is replicated."""
+    cut = [RULES.get(axis) if axis else None for axis in axes]
+    return PartitionSpec(*(c if c and n % mesh.shape[c] == 0 else None for c, n in zip(cut, shape, strict=True)))
+
+
+def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+    return variable.get_metadata().get("axes") or (None,) * len(variable.shape)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The tree with each Variable's value replaced by its NamedSharding, arrays outside Variables replicated."""
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, nnx.Variable):
+            return leaf.replace(NamedSharding(mesh, spec(_axes(leaf), leaf.shape, mesh)))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """The tree with every leaf put on the mesh by its logical axes."""
+    return jax.device_put(tree, shardings(tree, mesh))
+
+
+def born(make: Callable[[], Any], mesh: Mesh) -> Any:
+    """What `make()` returns, created sharded: no leaf is ever whole on one device."""
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
+
+
+def on_data(array: Any, mesh: Mesh) -> Array:
+    """An array cut over `data` along its first dimension (windows of tokens, rows of activations)."""
+    return jax.device_put(array, NamedSharding(mesh, spec(("batch",) + (None,) * (array.ndim - 1), array.shape, mesh)))
+
+
+def start_distributed() -> None:
+    """Join the other processes where a cluster says that there are some; alone, do nothing."""
+    if "JAX_COORDINATOR_ADDRESS" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        jax.distributed.initialize()

@@ -1,0 +1,70 @@
+"""Progress bars: one a stage, with the figures of the moment. Quiet when the output is not a terminal."""
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Advance = Callable[..., None]
+QUIET_EVERY_S = 20.0
+
+
+@contextlib.contextmanager
+def progress(stage: str, total: int) -> Iterator[Advance]:
+    """A bar for one stage; inside, `advance(n, fvu=0.12, ...)` moves it by n and shows the figures."""
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield _lines(stage, total)
+        return
+    columns = (
+        TextColumn("[bold]{task.description:<28}"),
+        *(BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn()),
+        *(TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}")),
+    )
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task(stage, total=total, figures="")
+        yield lambda n=1, **figures: bars.update(task, advance=n, figures=_text(figures))
+
+
+def _text(figures: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:,.4g}" for name, value in figures.items())
+
+
+def _lines(stage: str, total: int) -> Advance:
+    """For logs: a line every 20 seconds and one at the end."""
+    state = {"done": 0, "said": time.monotonic()}
+
+    def advance(n: int = 1, **figures: float) -> None:
+        state["done"] += n
+        now = time.monotonic()
+        if now - state["said"] > QUIET_EVERY_S or state["done"] >= total:
+            state["said"] = now
+            print(f"{stage}: {state['done']}/{total}  {_text(figures)}", file=sys.stderr, flush=True)
+
+    return advance
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C and SIGTERM do not break off a step: `stopped()` tells that one came. A second one breaks."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,117 @@
+"""Training several dictionaries on one stream of activations: twins and seeds see the same tokens in the same order.
+
+The states are kept every minute and when the work is stopped; the same call goes on from there to the same bits.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from qsae_jax.acts.stream import ActivationStream
+from qsae_jax.errors import Interrupted, UserError
+from qsae_jax.progress import progress, stop_signal
+from qsae_jax.sae.model import SAE
+from qsae_jax.sae.train import Metrics, SAEConfig, TrainState, finished, make_step, start
+from qsae_jax.store import Steps, make_folder
+
+KEEP_EVERY_S = 60.0
+LOG_EVERY = 8
+FIRST_ROWS = 8192
+"""Activations from which scale and centre are found."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One dictionary to train: on which twin's activations, from which seed."""
+
+    twin: str
+    seed: int = 0
+
+
+def fit(
+    stream: ActivationStream, jobs: Mapping[str, Job], config: SAEConfig, tokens: int, folder: Path
+) -> dict[str, SAE]:
+    """Train every job on `tokens` activations; metrics go to `folder/NAME.jsonl`."""
+    steps = tokens // stream.batch
+    if steps < 1:
+        raise UserError(
+            f"train.tokens {tokens} is less than one batch of {stream.batch}: raise it or lower train.batch"
+        )
+    make_folder(folder)
+    with Steps(folder / "steps") as kept:
+        states = _begin(stream, jobs, config, steps)
+        if kept.latest is not None:
+            states, plain = kept.load(states)
+            stream.taken = int(plain["taken"])
+        states = _run(stream, jobs, config, steps, states, kept, folder)
+    return {name: finished(state) for name, state in states.items()}
+
+
+def forget_steps(folder: Path) -> None:
+    """Drop the kept states of a finished training."""
+    shutil.rmtree(folder / "steps", ignore_errors=True)
+
+
+def _begin(stream: ActivationStream, jobs: Mapping[str, Job], config: SAEConfig, steps: int) -> dict[str, TrainState]:
+    first = stream.first(FIRST_ROWS)
+    width = next(iter(first.values())).shape[-1]
+    latents = width * config.expansion
+    if config.sparsity == "topk" and config.k > latents:
+        raise UserError(f"sae.k {config.k} is more than the {latents} latents: lower it")
+    return {name: start(config, first[job.twin], latents, steps, job.seed, stream.mesh) for name, job in jobs.items()}
+
+
+def _run(
+    stream: ActivationStream,
+    jobs: Mapping[str, Job],
+    config: SAEConfig,
+    steps: int,
+    states: dict[str, TrainState],
+    kept: Steps,
+    folder: Path,
+) -> dict[str, TrainState]:
+    step = make_step(config, steps, stream.mesh)
+    done, last = stream.taken // stream.batch, time.monotonic()
+    logs = {name: Log(folder / f"{name}.jsonl", done * stream.batch) for name in jobs}
+    with progress(f"train {', '.join(jobs)}", steps * stream.batch) as advance, stop_signal() as stopped:
+        advance(done * stream.batch)
+        began, at = time.monotonic(), done
+        while done < steps:
+            batch = next(stream)
+            for name, job in jobs.items():
+                states[name], metrics = step(states[name], batch[job.twin])
+                if (done + 1) % LOG_EVERY == 0 or done + 1 == steps:
+                    speed = (done + 1 - at) * stream.batch / (time.monotonic() - began)
+                    figures = logs[name].write((done + 1) * stream.batch, metrics, speed)
+                    advance(0, **figures)
+            done += 1
+            advance(stream.batch)
+            if stopped() or (time.monotonic() - last > KEEP_EVERY_S and done < steps):
+                kept.save(done, states, {"taken": float(stream.taken)})
+                last = time.monotonic()
+            if stopped() and done < steps:
+                raise Interrupted(f"stopped after {done} of {steps} steps, which are kept: the same command goes on")
+    return states
+
+
+class Log:
+    """Metrics of one dictionary as JSON lines; what lies after the point of resumption is dropped."""
+
+    def __init__(self, path: Path, tokens: int):
+        lines = path.read_text().splitlines() if path.is_file() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["tokens"] <= tokens]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.path = path
+
+    def write(self, tokens: int, metrics: Metrics, speed: float) -> dict[str, float]:
+        got = jax.device_get(metrics)
+        figures = {"fvu": float(got.fvu), "l0": float(got.l0), "dead": float(got.dead)}
+        line = {"tokens": tokens, "loss": float(got.loss), **figures, "tokens_per_s": round(speed, 1)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return figures | {"tokens/s": speed}

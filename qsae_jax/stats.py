@@ -1,0 +1,78 @@
+"""Streaming moments and correlations in float64, and bootstrap intervals (NumPy and SciPy behind one door).
+
+Devices give float32 sums over one batch, taken about a shift that is close to the mean, so that nothing cancels;
+here they are added up in float64. All state is additive: sums over shards are the sum of the whole.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Sums = dict[str, np.ndarray]
+
+
+@dataclass
+class Totals:
+    """Named sums, added up in float64."""
+
+    sums: Sums = field(default_factory=dict)
+
+    def add(self, **batch: object) -> None:
+        for name, value in batch.items():
+            value = np.asarray(value, np.float64)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.sums[name]
+
+
+def pearson(n: float, x: np.ndarray, y: np.ndarray, xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """Pearson r from sums about any common shift: n, sum x, sum y, sum x^2, sum y^2, sum xy.
+
+    Two constants that are equal in every token correlate perfectly in no defined sense: r is NaN where either has
+    no variance. Clipped to [-1, 1] against rounding."""
+    cov = xy - x * y / n
+    var = np.clip(xx - x * x / n, 0, None) * np.clip(yy - y * y / n, 0, None)
+    # Below this share of the second moment a variance is rounding error of the float32 sums.
+    tiny = 1e-10 * np.maximum(xx * yy, 1e-300)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = np.where(var > tiny, cov / np.sqrt(var), np.nan)
+    return np.clip(r, -1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+def bootstrap(
+    statistics: Mapping[str, Callable[[Sums], float]],
+    groups: Sums,
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Percentile intervals of statistics of sums, resampling groups of windows with replacement (Efron 1979).
+
+    `groups` maps a name to per-group sums `[groups, ...]`; a statistic sees the sums of a resample. All statistics
+    see the same resamples, so a difference taken inside one of them is paired."""
+    n = len(next(iter(groups.values())))
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
+    whole = {name: g.sum(0) for name, g in groups.items()}
+    drawn: dict[str, list[float]] = {name: [] for name in statistics}
+    for count in counts:
+        sums = {name: np.tensordot(count, g, axes=1) for name, g in groups.items()}
+        for name, statistic in statistics.items():
+            drawn[name].append(float(statistic(sums)))
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    return {
+        name: Interval(float(f(whole)), *map(float, np.quantile(drawn[name], ends))) for name, f in statistics.items()
+    }

@@ -1,0 +1,164 @@
+"""What each verb of `qsae` does with the words of the command line. Imported only when a verb runs."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from qsae_jax import study as studies
+from qsae_jax.acts.stream import ActivationStream
+from qsae_jax.acts.tokens import Windows, load_windows
+from qsae_jax.audit.run import audit as run_audit
+from qsae_jax.compare.transfer import compare as run_compare
+from qsae_jax.config import build, with_settings
+from qsae_jax.errors import UserError
+from qsae_jax.lm.load import load_lm, save_lm
+from qsae_jax.lm.model import LM, count_parameters
+from qsae_jax.lm.tap import check_point
+from qsae_jax.lm.tap import points as points_of
+from qsae_jax.lm.tokenizer import load_tokenizer
+from qsae_jax.mesh import parse_mesh, start_distributed
+from qsae_jax.quant import scheme as scheme_names
+from qsae_jax.quant.fake import fake_quantize, weight_errors
+from qsae_jax.quant.scheme import EXAMPLES, parse_scheme, parse_schemes
+from qsae_jax.report import write_report
+from qsae_jax.sae.fit import Job, fit, forget_steps
+from qsae_jax.sae.formats import Stored, load_stored, save_sae
+from qsae_jax.sae.train import SAEConfig
+from qsae_jax.store import make_folder, staged
+
+
+def demo(given: Namespace, command: str) -> None:
+    start_distributed()
+    _tell(studies.run_study(studies.DEMO, given.out, command))
+
+
+def run(given: Namespace, command: str) -> None:
+    start_distributed()
+    path = Path(given.study)
+    study = studies.read_study(path, given.set)
+    _tell(studies.run_study(study, given.out or f"runs/{path.stem}", command))
+
+
+def audit(given: Namespace, command: str) -> None:
+    out, names = make_folder(Path(given.out)), parse_schemes(given.schemes)
+    mesh = parse_mesh(given.mesh)
+    stored = load_stored(given.sae, mesh)
+    lm = load_lm(given.model, mesh=mesh)
+    windows = _windows(given, lm)
+    facts = {"model": given.model, "sae": given.sae, "notes": _notes(given, [stored], windows)}
+    judged = run_audit(lm, stored.sae, windows, names, _point(given, stored), skip_first=given.skip_first,
+                       batch=given.batch, mesh=mesh, facts=facts)  # fmt: skip
+    judged.write(out)
+    _tell(write_report(out))
+
+
+def train(given: Namespace, command: str) -> None:
+    out, schemes = make_folder(Path(given.out)), parse_schemes(given.schemes)
+    defaults = {"sae": {"sparsity": given.sae}, "train": {}}
+    tables = with_settings(defaults, given.set)
+    if unknown := set(tables) - {"sae", "train"}:
+        raise UserError(f"--set: unknown table `{sorted(unknown)[0]}`; possible: sae.*, train.*")
+    config, how = build(SAEConfig, tables["sae"], "sae."), build(studies.TrainConfig, tables["train"], "train.")
+    mesh = parse_mesh(given.mesh)
+    if not given.point:
+        raise UserError("train needs --point, for example --point blocks.8.resid_post; `qsae points` lists them")
+    lm = load_lm(given.model, mesh=mesh)
+    windows, point = _windows(given, lm), check_point(lm, given.point)
+    twins = {str(scheme): fake_quantize(lm, scheme) for scheme in schemes}
+    stream = ActivationStream(twins, point, windows, mesh, batch=how.batch, seed=how.shuffle,
+                              skip_first=given.skip_first, windows_per_forward=given.batch)  # fmt: skip
+    saes = fit(stream, {name: Job(name, how.seed) for name in twins}, config, how.tokens, out / "train")
+    for name, sae in saes.items():
+        facts = studies.origin(given.model, str(point), windows, given.skip_first, given.tokens)
+        save_sae(sae, out / "saes" / name, facts | {"quantization": name, "seed": how.seed})
+        print(f"{name}: {out / 'saes' / name}")
+    forget_steps(out / "train")
+
+
+def compare(given: Namespace, command: str) -> None:
+    out = make_folder(Path(given.out))
+    scheme, *more = parse_schemes(given.schemes)
+    if more:
+        raise UserError(f"compare takes one scheme, `{given.schemes}` names {len(more) + 1}: run it once for each")
+    mesh = parse_mesh(given.mesh)
+    stored, retrained = load_stored(given.sae, mesh), load_stored(given.retrained, mesh)
+    reseeded = load_stored(given.reseeded, mesh).sae if given.reseeded else None
+    lm = load_lm(given.model, mesh=mesh)
+    windows = _windows(given, lm)
+    facts = {"model": given.model, "notes": _notes(given, [stored, retrained], windows)}
+    judged = run_compare(lm, scheme, stored.sae, retrained.sae, windows, _point(given, stored), reseeded=reseeded,
+                         skip_first=given.skip_first, batch=given.batch, mesh=mesh, facts=facts)  # fmt: skip
+    judged.write(out)
+    print(judged.facts["verdict"]["choice"], "-", judged.facts["verdict"]["reason"])
+    _tell(write_report(out))
+
+
+def quantize(given: Namespace, command: str) -> None:
+    scheme = parse_scheme(given.scheme)
+    out = Path(given.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"`{out}` is there already and not an empty folder: choose another --out")
+    lm = load_lm(given.model)
+    twin = fake_quantize(lm, scheme)
+    with staged(out) as draft:
+        save_lm(twin, draft, {"qsae_jax": scheme, "source": given.model})
+        try:
+            load_tokenizer(given.model).save(draft)
+        except UserError as error:
+            print(f"without a tokenizer: {error}")
+    print(f"{out}: {scheme}, relative weight error {weight_errors(lm, twin)['all']:.5f}")
+
+
+def report(given: Namespace, command: str) -> None:
+    _tell(write_report(Path(given.folder)))
+
+
+def schemes(given: Namespace, command: str) -> None:
+    print((scheme_names.__doc__ or "").split("\n\n", 1)[1])
+    print("examples: " + " ".join(EXAMPLES))
+
+
+def points(given: Namespace, command: str) -> None:
+    lm = load_lm(given.model)
+    c = lm.config
+    print(f"{given.model}: {c.family}, {count_parameters(lm):,} parameters, {c.n_layers} blocks of width {c.d_model}")
+    for point in points_of(lm):
+        if point.layer in (None, 0):
+            print(str(point).replace("blocks.0.", f"blocks.{{0..{c.n_layers - 1}}}."))
+
+
+def _tell(path: Path) -> None:
+    print(f"report: {path}")
+
+
+def _windows(given: Namespace, lm: LM) -> Windows:
+    tokenizer = None if given.tokens.startswith("npy:") else load_tokenizer(given.model)
+    windows = load_windows(given.tokens, tokenizer, given.seq, given.bos, lm.config.vocab)
+    return windows.part(0, max(given.limit // windows.seq, 1)) if given.limit else windows
+
+
+def _point(given: Namespace, stored: Stored) -> str:
+    point = given.point or stored.metadata.get("hook_name")
+    if not point:
+        raise UserError("the dictionary's file names no hook: give --point, for example blocks.8.resid_post")
+    return point
+
+
+def _notes(given: Namespace, stored: list[Stored], windows: Windows) -> list[str]:
+    """What a reader must know, and where a dictionary's own record differs from how it is used here."""
+    notes = studies.notes_on(given.model)
+    for one in stored:
+        facts = one.metadata
+        hook = facts.get("hook_name")
+        if given.point and hook and hook.replace("hook_", "") != given.point.replace("hook_", ""):
+            notes.append(f"The dictionary was trained at {hook}, not at {given.point}.")
+        if (
+            facts.get("prepend_bos") is not None
+            and bool(facts["prepend_bos"]) != windows.bos
+            and given.tokens[:4] != "npy:"
+        ):
+            notes.append(
+                f"The dictionary was trained with prepend_bos {facts['prepend_bos']}, these windows have {windows.bos}."
+            )
+    for note in notes:
+        print(f"note: {note}")
+    return notes
