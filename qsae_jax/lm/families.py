@@ -61,7 +61,31 @@ LLAMA_GGUF_ROWS = (
 
 # Keys that do not change what the forward pass computes.
 IRRELEVANT = frozenset(
-    ["architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range", "is_llama_config", "model_type", "pad_token_id", "pretraining_tp", "torch_dtype", "transformers.js_config", "transformers_version", "use_cache", "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type", "return_dict", "_name_or_path"]
+    [
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "initializer_range",
+        "is_llama_config",
+        "model_type",
+        "pad_token_id",
+        "pretraining_tp",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "use_cache",
+        "chunk_size_feed_forward",
+        "id2label",
+        "label2id",
+        "is_encoder_decoder",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "_name_or_path",
+    ]
 )
 
 
@@ -96,7 +120,7 @@ def _rope_theta(facts: Facts) -> float:
     _refuse_unknown(rope, ["rope_theta", "rope_type"])
     _require(rope, rope_type="default")
     _require(facts, rope_scaling={})
-    return _take(rope or facts, "rope_theta", float, 10000.0)
+    return _take({**facts, **rope}, "rope_theta", float, 10000.0)
 
 
 def llama_facts(facts: Facts) -> LMConfig:

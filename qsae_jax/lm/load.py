@@ -74,8 +74,11 @@ def _open_folder(folder: Path) -> tuple[LMConfig, Family, list[str], Reader]:
             raise UserError(f"`{shard}` is not a readable safetensors file ({error}): download it again") from error
 
     def read(name: str) -> np.ndarray:
-        with safe_open(where[name], "numpy") as file:
-            return file.get_tensor(name)
+        try:
+            with safe_open(where[name], "numpy") as file:
+                return file.get_tensor(name)
+        except (AttributeError, SafetensorError) as error:  # NumPy has no 8-bit floats
+            raise UserError(f"`{where[name]}`: tensor `{name}` cannot be read ({error}): use 16 or 32 bits") from error
 
     return HUB[kind].facts(facts), HUB[kind], list(where), read
 

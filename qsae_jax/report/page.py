@@ -1,0 +1,120 @@
+"""One page that holds everything: figures inline, no script, nothing fetched."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from qsae_jax.report import figures, tables
+from qsae_jax.report.results import Results, read_results
+from qsae_jax.report.tables import Table
+from qsae_jax.store import write_text
+
+VERDICTS = {
+    "keep": "Keep the dictionary",
+    "adapt": "Adapt the dictionary",
+    "retrain": "Retrain the dictionary",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One figure or table with its caption."""
+
+    name: str
+    caption: str
+    svg: str = ""
+    table: Table | None = None
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` from the results in a folder, and give its path."""
+    results = read_results(folder)
+    loader = jinja2.PackageLoader("qsae_jax", "report")
+    env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    html = env.get_template("page.html.jinja").render(
+        head=results.head,
+        title=f"{_short(results.head.get('model', ''))} at {results.head.get('point', '')}",
+        verdict=(results.compare or {}).get("verdict"),
+        verdicts=VERDICTS,
+        sentences=tables.sentences(results),
+        sections=sections(results),
+        facts=facts(results),
+        settings=json.dumps((results.run or {}).get("settings", {}), indent=2),
+        run=results.run,
+        Markup=Markup,
+    )
+    path = folder / "report.html"
+    write_text(path, html)
+    return path
+
+
+def _short(model: str) -> str:
+    return Path(model.partition("#")[0]).name or model
+
+
+def sections(results: Results) -> list[tuple[str, list[Part]]]:
+    """The page's sections, those that there are results for."""
+    made = [("Features under each scheme", _audit_parts(results)), ("Keep, adapt or retrain", _compare_parts(results))]
+    if results.curves:
+        caption = "Training: each dictionary saw the same tokens in the same order."
+        made.append(("Training", [Part("training", caption, figures.training(results.curves))]))
+    return [(title, parts) for title, parts in made if parts]
+
+
+def _audit_parts(results: Results) -> list[Part]:
+    if not results.audit or not results.audit["rows"]:
+        return []
+    rows = results.audit["rows"]
+    parts = [
+        Part("bands", "What becomes of the features that are active at full precision.", figures.bands(rows)),
+        Part("perplexity", "What perplexity sees, and what the features see.", figures.perplexity(rows)),
+        Part("audit", "The audit in numbers.", table=tables.audit_table(results.audit)),
+    ]
+    if results.features:
+        caption = "Median correlation of active features with themselves, by tenths; dotted lines at 0.9 and 0.5."
+        parts.append(Part("deciles", caption, figures.by_decile(results.features)))
+    if scheme := tables.worst_scheme(results):
+        caption = f"The {tables.WORST} active features that {scheme} damages most."
+        parts.append(Part("worst", caption, table=tables.worst_table(results.features[scheme])))
+    return parts
+
+
+def _compare_parts(results: Results) -> list[Part]:
+    if not results.compare:
+        return []
+    return [
+        Part("arms", "Each dictionary on each model, with 95 % intervals.", figures.arms(results.compare["rows"])),
+        Part("arm-table", "The comparison in numbers.", table=tables.arms_table(results.compare)),
+        Part(
+            "matching", "Same directions? Beside what a new seed gives.", table=tables.matching_table(results.compare)
+        ),
+    ]
+
+
+def facts(results: Results) -> list[tuple[str, str]]:
+    """What was run, as pairs."""
+    head, run = results.head, results.run or {}
+    tokens: dict[str, Any] = head.get("tokens", {})
+    said = [("model", str(head.get("model", ""))), ("point", str(head.get("point", "")))]
+    if results.audit:
+        base = results.audit["reference"]
+        said += [("dictionary", f"{results.audit['sae']}: {base['latents']:,} latents, {base['active']:,} active")]
+        said += [("tokens of the audit", _tokens(tokens))]
+    if results.compare:
+        said += [("tokens of the comparison", _tokens(results.compare["tokens"]))]
+    said += [("command", run["command"])] if run.get("command") else []
+    said += [("seconds", ", ".join(f"{s['name']} {s['seconds']:g}" for s in run["stages"]))] if "stages" in run else []
+    said += [("versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items()))] if "versions" in run else []
+    return [(name, value) for name, value in said if value]
+
+
+def _tokens(tokens: dict[str, Any]) -> str:
+    bos = "with" if tokens["bos"] else "without"
+    return (
+        f"{tokens['n']:,} of {tokens['source']} in windows of {tokens['seq']}, {bos} BOS, "
+        f"the first {tokens['skip_first']} of each left out of feature statistics"
+    )

@@ -1,0 +1,68 @@
+"""What a run directory holds, read back for its page."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qsae_jax.errors import UserError
+from qsae_jax.store import read_json
+
+Columns = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The files of one run; what was not run is None or empty."""
+
+    audit: dict[str, Any] | None = None
+    compare: dict[str, Any] | None = None
+    run: dict[str, Any] | None = None
+    features: dict[str, Columns] = field(default_factory=dict)
+    """Scheme -> the columns of its features."""
+    curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    """Dictionary -> its training metrics, in order of tokens."""
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """Model, point, tokens and notes: of the audit, else of the comparison."""
+        return self.audit or self.compare or {}
+
+
+def read_results(folder: Path) -> Results:
+    """The results in a folder; one without an audit and without a comparison is refused."""
+    if not folder.is_dir():
+        raise UserError(f"`{folder}` is not a folder: give the --out of qsae audit, compare, run or demo")
+    found = {
+        name: read_json(file) for name in ("audit", "compare", "run") if (file := folder / f"{name}.json").exists()
+    }
+    if "audit" not in found and "compare" not in found:
+        raise UserError(f"`{folder}` holds neither audit.json nor compare.json: run qsae audit or qsae compare first")
+    features = folder / "features.parquet"
+    table = _features(features) if features.is_file() and "audit" in found else {}
+    return Results(**found, features=table, curves=_curves(folder / "train"))
+
+
+def _features(path: Path) -> dict[str, Columns]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"`{path}` is not a readable parquet file ({error}): run the audit again") from error
+    columns = {name: np.asarray(table.column(name)) for name in table.column_names}
+    schemes = columns.pop("scheme")
+    return {str(name): {k: v[schemes == name] for k, v in columns.items()} for name in dict.fromkeys(schemes)}
+
+
+def _curves(folder: Path) -> dict[str, list[dict[str, float]]]:
+    curves = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        try:
+            curves[path.stem] = [json.loads(line) for line in path.read_text().splitlines()]
+        except ValueError as error:
+            raise UserError(f"`{path}` is not a readable log ({error}): delete it") from error
+    return {name: lines for name, lines in curves.items() if lines}

@@ -1,0 +1,162 @@
+"""Numbers -> tables and the sentences that open a page. A missing number is a dash, never a zero."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qsae_jax.report.results import Columns, Results
+
+WORST = 20
+Cell = Callable[[dict[str, Any]], str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Heads with what they mean (shown on hovering), and rows of text."""
+
+    heads: Sequence[tuple[str, str]]
+    rows: Sequence[Sequence[str]]
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None or value != value else f"{value:,.{digits}g}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None or value != value else f"{100 * value:.{digits}f} %"
+
+
+def change(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{100 * value:+.2f} %"
+
+
+AUDIT: tuple[tuple[str, str, Cell], ...] = (
+    ("scheme", "how the weights were distorted", lambda r: r["scheme"]),
+    ("perplexity", "over every predicted token", lambda r: number(r["ppl"], 5)),
+    ("change", "relative to full precision", lambda r: change(r["delta_ppl"])),
+    ("KL", "mean KL(full precision, twin) per token, nats", lambda r: number(r["kl"], 3)),
+    ("weight error", "relative Frobenius norm over all block matrices", lambda r: number(r["weight_rel_error"], 3)),
+    ("activation error", "sum |a_q - a|^2 / sum |a|^2", lambda r: number(r["activation_rel_mse"], 3)),
+    ("survived", "r > 0.9", lambda r: percent(r["survived"])),
+    ("blurred", "0.5 <= r <= 0.9", lambda r: percent(r["blurred"])),
+    ("damaged", "r < 0.5", lambda r: percent(r["damaged"])),
+    ("mean r", "over active features", lambda r: number(r["mean_r"], 3)),
+    ("median r", "over active features", lambda r: number(r["median_r"], 3)),
+    ("FVU", "of the frozen dictionary on the twin", lambda r: number(r["fvu"], 3)),
+    ("L0", "features that fire on a token", lambda r: number(r["l0"], 3)),
+)
+
+
+def audit_table(audit: dict[str, Any]) -> Table:
+    """One row a scheme, full precision first."""
+    base = audit["reference"]
+    first = {"scheme": "fp", "ppl": base["ppl"], "fvu": base["fvu"], "l0": base["l0"]}
+    rows = [dict.fromkeys(audit["rows"][0]) | first] if audit["rows"] else []
+    made = [[cell(row) for _, _, cell in AUDIT] for row in [*rows, *audit["rows"]]]
+    return Table([(name, why) for name, why, _ in AUDIT], made)
+
+
+def interval(got: dict[str, float | None], share: bool = False) -> str:
+    show = (lambda x: percent(x, 2)) if share else number
+    return f"{show(got['value'])} [{show(got['low'])}, {show(got['high'])}]"
+
+
+def arms_table(compare: dict[str, Any]) -> Table:
+    """One row for each dictionary on each model, values with 95 % intervals."""
+    shares = ("alive", "dense", "ce_recovered", "kl_recovered")
+    heads = [("arm", "which dictionary"), ("trained on", ""), ("judged on", "")]
+    heads += [("FVU", "fraction of variance unexplained"), ("L0", "features that fire on a token")]
+    heads += [("alive", "latents that fire on the held-out tokens"), ("dense", "fire on more than a tenth of them")]
+    heads += [("CE recovered", "1 is the clean model, 0 the activations zeroed"), ("KL recovered", "the same for KL")]
+    rows = [
+        [row["arm"], row["trained_on"], row["judged_on"], interval(row["fvu"]), interval(row["l0"])]
+        + [interval(row[name], share=True) for name in shares]
+        for row in compare["rows"]
+    ]
+    return Table(heads, rows)
+
+
+def matching_table(compare: dict[str, Any]) -> Table:
+    """Do the two dictionaries hold the same directions, beside two seeds of one."""
+    names = {
+        "mmcs": ("mean max cosine", "over latents of the full-precision dictionary"),
+        "mnn": ("mutual nearest neighbours", "share with cosine >= 0.7 that choose each other"),
+        "assigned": ("assigned alike", "share whose best one-to-one partner agrees by decoder and by encoder"),
+    }
+    rows = [[names[k][0], number(v["value"], 3), number(v["floor"], 3)] for k, v in compare["matching"].items()]
+    return Table(
+        [("measure", ""), ("retrained", "full precision against retrained"), ("seed floor", "two seeds")], rows
+    )
+
+
+def worst_table(columns: Columns) -> Table:
+    """The active features with the lowest r."""
+    active = np.flatnonzero(columns["active"])
+    r = np.nan_to_num(columns["r"], nan=0.0)
+    order = active[np.argsort(r[active], kind="stable")][:WORST]
+    names = ("firing_rate", "firing_rate_twin", "mean_activation", "mean_activation_twin")
+    names += ("max_activation", "max_activation_twin")
+    heads = [("feature", "index of the latent"), ("r", "correlation of its value in the two runs")]
+    heads += [(name.replace("_", " "), "") for name in names]
+    rows = [
+        [str(columns["feature"][i]), number(r[i], 3)] + [number(float(columns[n][i]), 3) for n in names] for i in order
+    ]
+    return Table(heads, rows)
+
+
+def worst_scheme(results: Results) -> str | None:
+    """The scheme of the comparison where it was audited, else the one with most damage; never a control."""
+    if not results.audit or not results.features:
+        return None
+    wanted = (results.compare or {}).get("scheme")
+    rows = [row for row in results.audit["rows"] if "@" not in row["scheme"]] or results.audit["rows"]
+    names = [row["scheme"] for row in rows]
+    if wanted in names:
+        return wanted
+    return max(rows, key=lambda row: row["damaged"] or 0)["scheme"] if rows else None
+
+
+def sentences(results: Results) -> list[str]:
+    """What a reader in a hurry should take away, each from the numbers."""
+    said = []
+    if results.audit:
+        rows = {row["scheme"]: row for row in results.audit["rows"] if row["survived"] is not None}
+        said += [_missed(list(rows.values()))] + [_worst(row, results.audit) for row in _most_bitten(rows)]
+        said += [_control(row, rows) for row in rows.values()]
+    return [sentence for sentence in said if sentence]
+
+
+def _missed(rows: list[dict[str, Any]]) -> str:
+    quiet = [row for row in rows if abs(row["delta_ppl"]) < 0.02 and row["survived"] < 0.95]
+    if not quiet:
+        return ""
+    row = min(quiet, key=lambda row: row["survived"])
+    return (
+        f"{row['scheme']} changes perplexity by only {change(row['delta_ppl'])}, "
+        f"yet {percent(1 - row['survived'])} of the active features no longer survive."
+    )
+
+
+def _most_bitten(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    real = [row for name, row in rows.items() if "@" not in name]
+    return [min(real, key=lambda row: row["survived"])] if real else []
+
+
+def _worst(row: dict[str, Any], audit: dict[str, Any]) -> str:
+    return (
+        f"{row['scheme']}: of {audit['reference']['active']:,} active features {percent(row['survived'])} survive, "
+        f"{percent(row['blurred'])} are blurred and {percent(row['damaged'])} damaged; perplexity "
+        f"{number(audit['reference']['ppl'])} becomes {number(row['ppl'])}."
+    )
+
+
+def _control(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
+    base = rows.get(row["scheme"].removeprefix("noise@").partition("#")[0])
+    if "@" not in row["scheme"] or not base:
+        return ""
+    return (
+        f"Gaussian weight noise of the same size as {base['scheme']}'s error damages {percent(row['damaged'])} "
+        f"where rounding damages {percent(base['damaged'])}: the control for damage by any perturbation of that size."
+    )
