@@ -77,7 +77,7 @@ def _source(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--limit", type=int, default=0, help="use at most so many tokens")
     verb.add_argument("--bos", default="auto", choices=("auto", "always", "never"))
     verb.add_argument("--skip-first", type=int, default=1, help="positions of a window left out of statistics")
-    verb.add_argument("--batch", type=int, default=8, help="windows in a forward pass")
+    verb.add_argument("--batch", type=int, default=0, help="windows in a forward pass; default: by the device")
     verb.add_argument("--mesh", default="1x1", help="devices over data x over model, or auto")
 
 

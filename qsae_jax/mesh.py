@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -75,6 +76,19 @@ def born(make: Callable[[], Any], mesh: Mesh) -> Any:
 def on_data(array: Any, mesh: Mesh) -> Array:
     """An array cut over `data` along its first dimension (windows of tokens, rows of activations)."""
     return jax.device_put(array, NamedSharding(mesh, spec(("batch",) + (None,) * (array.ndim - 1), array.shape, mesh)))
+
+
+def in_chunks(rows: Array, size: int) -> Array:
+    """Rows `[n, ...]` as `[n / size, size, ...]`, for a loop over chunks.
+
+    Chunk c holds the rows c, c + n / size, ...: an equal share of what each device of `data` holds, so that the loop
+    keeps all devices at work and moves nothing between them. `from_chunks` undoes it."""
+    return jnp.moveaxis(rows.reshape(size, -1, *rows.shape[1:]), 1, 0)
+
+
+def from_chunks(chunks: Array) -> Array:
+    """Chunks `[c, size, ...]` of `in_chunks` back as rows `[c * size, ...]`."""
+    return jnp.moveaxis(chunks, 0, 1).reshape(-1, *chunks.shape[2:])
 
 
 def start_distributed() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.stats import norm
 
 Sums = dict[str, np.ndarray]
 
@@ -76,3 +77,20 @@ def bootstrap(
     return {
         name: Interval(float(f(whole)), *map(float, np.quantile(drawn[name], ends))) for name, f in statistics.items()
     }
+
+
+def jackknife(
+    statistics: Mapping[str, Callable[[Sums], float]], groups: Sums, level: float = 0.95
+) -> dict[str, Interval]:
+    """Normal intervals from leaving out one group at a time (Tukey 1958): for statistics that count what was seen at
+    all, which a bootstrap biases downwards, because a resample leaves out a third of the groups."""
+    n = len(next(iter(groups.values())))
+    whole = {name: g.sum(0) for name, g in groups.items()}
+    width = float(norm.ppf((1 + level) / 2))
+    found = {}
+    for name, statistic in statistics.items():
+        value = float(statistic(whole))
+        without = np.array([statistic({key: whole[key] - g[i] for key, g in groups.items()}) for i in range(n)])
+        error = float(np.sqrt((n - 1) / n * np.sum((without - without.mean()) ** 2))) if n > 1 else float("nan")
+        found[name] = Interval(value, value - width * error, value + width * error)
+    return found

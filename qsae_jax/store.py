@@ -35,13 +35,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value  # a NumPy scalar
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
-    return value.item() if hasattr(value, "item") else value
+    return value
 
 
 def write_text(path: Path, text: str) -> None:
@@ -109,10 +110,9 @@ class Steps:
     def __init__(self, folder: Path):
         from orbax.checkpoint import v1 as ocp
 
-        newest = ocp.training.preservation_policies.LatestN(2)
-        self._kept = ocp.training.Checkpointer(
-            make_folder(folder).absolute(), preservation_policy=newest, cleanup_tmp_directories=True
-        )
+        newest: Any = ocp.training.preservation_policies.LatestN(2)
+        where: Any = make_folder(folder).absolute()
+        self._kept = ocp.training.Checkpointer(where, preservation_policy=newest, cleanup_tmp_directories=True)
 
     @property
     def latest(self) -> int | None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from qsae_jax.acts.stream import ActivationStream
 from qsae_jax.acts.tokens import Windows, load_windows
@@ -82,8 +81,8 @@ class Study:
     tokens: TokensConfig = field(default_factory=TokensConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    batch: int = 8
-    """Windows in a forward pass."""
+    batch: int = 0
+    """Windows in a forward pass; 0 chooses by the device."""
     mesh: str = "1x1"
     """Devices over data x over model, or `auto`."""
 
@@ -133,15 +132,14 @@ class Stages:
 
     def __post_init__(self) -> None:
         s = self.study
-        parse_schemes(",".join(s.schemes)), parse_scheme(s.compare), self.mesh
+        parse_schemes(",".join(s.schemes))
+        self.mesh = parse_mesh(s.mesh)
         self.scheme = str(parse_scheme(s.compare))
+        if self.scheme == "fp":
+            raise UserError("key `compare` is `fp`: name the scheme to compare full precision with, for example int4")
         self.jobs = {"fp": Job("fp", s.train.seed), self.scheme: Job(self.scheme, s.train.seed)}
         self.jobs |= {f"fp-seed{s.train.reseed}": Job("fp", s.train.reseed)}
         self.record = self._record()
-
-    @cached_property
-    def mesh(self) -> Mesh:
-        return parse_mesh(self.study.mesh)
 
     @cached_property
     def lm(self) -> LM:
@@ -223,7 +221,7 @@ class Stages:
             batch=s.train.batch,
             seed=s.train.shuffle,
             skip_first=s.tokens.skip_first,
-            windows_per_forward=s.batch,
+            forward=s.batch,
         )
         saes = fit(stream, self.jobs, s.sae, s.train.tokens, self.out / "train")
         for name, sae in saes.items():

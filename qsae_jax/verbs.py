@@ -65,7 +65,7 @@ def train(given: Namespace, command: str) -> None:
     windows, point = _windows(given, lm), check_point(lm, given.point)
     twins = {str(scheme): fake_quantize(lm, scheme) for scheme in schemes}
     stream = ActivationStream(twins, point, windows, mesh, batch=how.batch, seed=how.shuffle,
-                              skip_first=given.skip_first, windows_per_forward=given.batch)  # fmt: skip
+                              skip_first=given.skip_first, forward=given.batch)  # fmt: skip
     saes = fit(stream, {name: Job(name, how.seed) for name in twins}, config, how.tokens, out / "train")
     for name, sae in saes.items():
         facts = studies.origin(given.model, str(point), windows, given.skip_first, given.tokens)

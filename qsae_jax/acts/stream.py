@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32
 
-from qsae_jax.acts.tokens import Windows, check_skip, counted_rows, shuffled
+from qsae_jax.acts.tokens import Windows, check_skip, counted_rows, shuffled, windows_per_forward
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import Point, activations
 from qsae_jax.mesh import on_data
@@ -40,16 +40,17 @@ class ActivationStream:
     seed: int = 0
     skip_first: int = 1
     windows_per_block: int = 64
-    windows_per_forward: int = 8
+    forward: int = 0
+    """Windows in a forward pass; 0 chooses by the device. The order of the rows does not depend on it."""
     taken: int = 0
     _blocks: dict[int, Block] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         counted = self.windows.seq - self.skip_first
         check_skip(self.windows, self.skip_first)
-        forward = min(self.windows_per_forward, len(self.windows))
-        blocks = max(self.windows_per_block // forward, -(-self.batch // (forward * counted)), 1)
-        self.windows_per_forward, self.windows_per_block = forward, blocks * forward
+        self.windows_per_block *= -(-self.batch // (self.windows_per_block * counted))
+        most = min(windows_per_forward(self.forward, self.windows, self.mesh), self.windows_per_block)
+        self.forward = next(n for n in range(most, 0, -1) if self.windows_per_block % n == 0)
         self.rows_per_block = self.windows_per_block * counted
         self._order = shuffled(self.windows, self.seed)
 
@@ -80,8 +81,8 @@ class ActivationStream:
     def _block(self, number: int) -> Block:
         if number not in self._blocks:
             start = number * self.windows_per_block
-            ids = np.stack([self._order[i] for i in range(start, start + self.windows_per_block)])
-            parts = np.split(ids, self.windows_per_block // self.windows_per_forward)
+            ids = np.stack([np.asarray(self._order[i]) for i in range(start, start + self.windows_per_block)])
+            parts = np.split(ids, self.windows_per_block // self.forward)
             tokens = [on_data(part, self.mesh) for part in parts]
             self._blocks[number] = {name: self._rows(name, tokens) for name in self.twins}
         return self._blocks[number]

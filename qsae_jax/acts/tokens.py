@@ -8,12 +8,15 @@ import ast
 import hashlib
 import platform
 import sysconfig
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import grain
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 
 from qsae_jax.errors import UserError
@@ -141,6 +144,15 @@ def in_order(windows: Windows, batch: int) -> Iterator[tuple[Int32[np.ndarray, "
         yield ids, (np.arange(batch) < real).astype(np.float32)
 
 
+def windows_per_forward(asked: int, windows: Windows, mesh: Mesh) -> int:
+    """How many windows a forward pass takes: as many as asked, or with 0 what keeps a device busy and its caches
+    warm (SmolLM2 on 2 cores: 2,048 tokens run a tenth faster than 4,096). A multiple of the devices of `data`."""
+    devices = mesh.shape["data"]
+    tokens = 2048 if jax.default_backend() == "cpu" else 16_384
+    wanted = min(asked or devices * max(tokens // windows.seq, 1), len(windows))
+    return -(-wanted // devices) * devices
+
+
 def check_skip(windows: Windows, skip_first: int) -> None:
     """Refuse to leave out every position, or a negative number of them."""
     if not 0 <= skip_first < windows.seq:
@@ -155,4 +167,5 @@ def counted_rows(x: Array, skip_first: int) -> Array:
 
 def shuffled(windows: Windows, seed: int) -> grain.MapDataset:
     """The windows in an endless order by random access, shuffled anew in every epoch."""
-    return grain.MapDataset.source(windows.ids).shuffle(seed=seed).repeat()
+    # An array is what Grain asks of a source: a length and items.
+    return grain.MapDataset.source(typing.cast(Sequence, windows.ids)).shuffle(seed=seed).repeat()

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from qsae_jax.acts.tokens import Windows, check_skip, counted_rows, in_order
+from qsae_jax.acts.tokens import Windows, check_skip, counted_rows, in_order, windows_per_forward
 from qsae_jax.audit.perplexity import Losses
 from qsae_jax.audit.survival import Survival
 from qsae_jax.lm.model import LM
@@ -45,7 +45,7 @@ def audit(
     point: str | Point,
     *,
     skip_first: int = 1,
-    batch: int = 8,
+    batch: int = 0,
     mesh: Mesh | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Audit:
@@ -59,10 +59,9 @@ def audit(
     check_skip(windows, skip_first)
     twins = {"fp": lm} | {name: fake_quantize(lm, scheme) for name, scheme in named.items()}
     errors = {name: weight_errors(lm, twins[name])["all"] for name in named}
-    batch = min(batch, len(windows))
     survival, losses = Survival(sae, list(twins)), Losses(list(twins))
     with progress("audit", len(windows) * windows.seq) as advance:
-        for ids, weight in in_order(windows, batch):
+        for ids, weight in in_order(windows, windows_per_forward(batch, windows, mesh)):
             _batch(twins, point, on_data(ids, mesh), weight, survival, losses, skip_first)
             advance(int(weight.sum()) * windows.seq, ppl=losses.perplexity("fp"))
     return _result(survival, losses, errors, point, windows, skip_first, dict(facts or {}))

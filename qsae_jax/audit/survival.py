@@ -6,63 +6,61 @@ shares are over features that are *active*: firing rate above 0.001 on the full-
 active but never varies in the twin (silenced) has no r; it counts as damaged, and its r is reported as 0.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
-from qsae_jax.sae.measure import fvu, over_rows, reconstruction_sums
+from qsae_jax.mesh import in_chunks
+from qsae_jax.sae.measure import fvu, reconstruction_sums
 from qsae_jax.sae.model import SAE
 from qsae_jax.stats import Totals, pearson
 
 ACTIVE, SURVIVED, DAMAGED = 1e-3, 0.9, 0.5
 
 
-@jax.jit
-def encode(sae: SAE, x: Float[Array, "n d"]) -> Float[Array, "n m"]:
-    return sae.encode(x)
+CHUNK = 128
+"""Rows whose codes `[rows, m]` are alive at a time: they stay in a CPU's cache and bound the memory of a device."""
 
 
 @jax.jit
-def batch_shift(x: Float[Array, "n k"], weight: Float[Array, "n"]) -> Float[Array, "k"]:
-    """The mean of a first batch, about which later sums are taken."""
-    return over_rows(x * weight[:, None]) / jnp.sum(weight)
+def first_means(sae: SAE, x: Float[Array, "n d"], weight: Float[Array, "n"]) -> tuple[Array, Array]:
+    """Mean activations `[d]` and codes `[m]` of the first chunk, about which later sums are taken: near enough."""
+    x, weight = x[:CHUNK].astype(jnp.float32), weight[:CHUNK, None]
+    return tuple(jnp.sum(y * weight, axis=0) / jnp.sum(weight) for y in (x, sae.encode(x)))  # pyright: ignore
 
 
 @jax.jit
-def feature_sums(z: Float[Array, "n m"], weight: Float[Array, "n"], shift: Float[Array, "m"]) -> dict[str, Array]:
-    """Sums of one run alone, per feature `[m]`."""
-    away = (z - shift[None]) * weight[:, None]
-    return {"s": over_rows(away), "ss": over_rows(away**2), "fired": over_rows(weight[:, None] * (z > 0))}
+def batch_sums(
+    sae: SAE, acts: Sequence[Float[Array, "n d"]], weight: Float[Array, "n"], shift_x: Array, shift_z: Array
+) -> list[dict[str, Float32[Array, "..."]]]:
+    """The sums of a batch for each run, the first of which is the reference; `peak` is each feature's largest value.
+
+    float32 in two levels: over the rows of a chunk, then over chunks. A row of weight 0 counts for nothing."""
+    size = min(CHUNK, len(weight))
+    arrays = [x.astype(jnp.float32) for x in (weight, *acts)]
+    chunks = [in_chunks(jnp.pad(x, [(0, -len(x) % size)] + [(0, 0)] * (x.ndim - 1)), size) for x in arrays]
+    sums = jax.lax.map(lambda chunk: _chunk_sums(sae, chunk[1:], chunk[0], shift_x, shift_z), chunks)
+    return [{name: x.max(0) if name == "peak" else x.sum(0) for name, x in run.items()} for run in sums]
 
 
-@jax.jit
-def cross_sums(z: Array, q: Array, weight: Array, shift: Array) -> Array:
-    """Per feature, the sum of products of the two runs about the shift."""
-    return over_rows((z - shift[None]) * (q - shift[None]) * weight[:, None])
-
-
-@jax.jit
-def change_sums(x: Float[Array, "n d"], y: Float[Array, "n d"], weight: Float[Array, "n"]) -> dict[str, Array]:
-    """`activation_rel_mse` is `changed / power`: sum |y - x|^2 over sum |x|^2."""
-    return {
-        "changed": over_rows(weight * jnp.sum((y - x) ** 2, axis=-1)),
-        "power": over_rows(weight * jnp.sum(x**2, axis=-1)),
-    }
-
-
-_reconstruction = jax.jit(reconstruction_sums)
-_peak = jax.jit(lambda z, weight, top: jnp.maximum(top, jnp.max(z * weight[:, None], axis=0)))
-
-
-@dataclass
-class Run:
-    """The sums of one model's run."""
-
-    totals: Totals = field(default_factory=Totals)
-    peak: Array | float = 0.0
+def _chunk_sums(
+    sae: SAE, runs: Sequence[Array], weight: Array, shift_x: Array, shift_z: Array
+) -> list[dict[str, Array]]:
+    found: list[dict[str, Array]] = []
+    w, codes = weight[:, None], [sae.encode(x) for x in runs]
+    away = [z - shift_z[None] for z in codes]
+    for i, (x, z) in enumerate(zip(runs, codes, strict=True)):
+        sums = {"s": w * away[i], "ss": w * away[i] ** 2, "fired": w * (z > 0)}
+        if i:
+            sums |= {"cross": w * away[0] * away[i], "changed": w * (x - runs[0]) ** 2, "power": w * runs[0] ** 2}
+        own = {name: jnp.sum(y, axis=0) for name, y in sums.items()}
+        own |= {name: jnp.sum(own[name]) for name in ("changed", "power") if name in own}
+        found.append(own | reconstruction_sums(sae, x, z, weight, shift_x) | {"peak": jnp.max(w * z, axis=0)})
+    return found
 
 
 @dataclass
@@ -71,48 +69,39 @@ class Survival:
 
     sae: SAE
     names: list[str]
-    runs: dict[str, Run] = field(init=False)
-    shift_z: Array | None = None
-    shift_x: Array | None = None
+    totals: dict[str, Totals] = field(init=False)
+    peaks: dict[str, np.ndarray | float] = field(init=False)
+    shift: tuple[Array, Array] | None = None
 
     def __post_init__(self) -> None:
-        self.runs = {name: Run(peak=jnp.zeros(self.sae.latents)) for name in self.names}
+        self.totals = {name: Totals() for name in self.names}
+        self.peaks = dict.fromkeys(self.names, 0.0)
 
-    def add(self, acts: dict[str, Float[Array, "n d"]], weight: Float[Array, "n"]) -> None:
+    def add(self, acts: dict[str, Float[Array, "n d"]], weight: Float[np.ndarray, "n"]) -> None:
         """A batch: the same tokens' activations in every run."""
-        first = self.names[0]
-        x = acts[first]
-        z = encode(self.sae, x)
-        if self.shift_x is None or self.shift_z is None:
-            self.shift_x, self.shift_z = batch_shift(x, weight), batch_shift(z, weight)
-        waiting = []
-        for name in self.names:
-            y = acts[name]
-            q = z if name == first else encode(self.sae, y)
-            sums = feature_sums(q, weight, self.shift_z) | _reconstruction(self.sae, y, q, weight, self.shift_x)
-            if name != first:
-                sums |= {"cross": cross_sums(z, q, weight, self.shift_z)} | change_sums(x, y, weight)
-            self.runs[name].peak = _peak(q, weight, self.runs[name].peak)
-            waiting.append((name, sums))
-        for name, sums in waiting:
-            self.runs[name].totals.add(**sums)
+        runs, w = [acts[name] for name in self.names], jnp.asarray(weight)
+        self.shift = self.shift or first_means(self.sae, runs[0], w)
+        got = jax.device_get(batch_sums(self.sae, runs, w, *self.shift))
+        for name, sums in zip(self.names, got, strict=True):
+            self.peaks[name] = np.maximum(self.peaks[name], sums.pop("peak"))
+            self.totals[name].add(**sums)
 
     def correlations(self, name: str) -> np.ndarray:
         """r of every feature `[m]`, NaN where it is undefined."""
-        t, base = self.runs[name].totals, self.runs[self.names[0]].totals
+        t, base = self.totals[name], self.totals[self.names[0]]
         r = pearson(float(base["n"]), base["s"], t["s"], base["ss"], t["ss"], t["cross"])
         return np.where((base["fired"] > 0) & (t["fired"] > 0), r, np.nan)
 
     def statistics(self, name: str) -> dict[str, np.ndarray]:
         """Firing rate, mean (over all counted tokens) and largest activation of every feature `[m]`."""
-        t = self.runs[name].totals
-        mean = t["s"] / t["n"] + np.asarray(self.shift_z, np.float64)
+        t = self.totals[name]
+        mean = t["s"] / t["n"] + np.asarray((self.shift or (0.0, 0.0))[1], np.float64)
         rate = t["fired"] / t["n"]
-        peak = np.asarray(self.runs[name].peak, np.float64)
+        peak = np.asarray(self.peaks[name], np.float64)
         return {"firing_rate": rate, "mean_activation": np.where(rate > 0, mean, 0.0), "max_activation": peak}
 
     def fidelity(self, name: str) -> dict[str, float]:
-        t = self.runs[name].totals
+        t = self.totals[name]
         return {"fvu": fvu(t["error"], t["x"], t["xx"], t["n"]), "l0": float(t["active"] / t["n"])}
 
     def active(self) -> np.ndarray:
@@ -120,7 +109,7 @@ class Survival:
 
     def row(self, name: str) -> dict[str, float]:
         """The numbers of one twin."""
-        t = self.runs[name].totals
+        t = self.totals[name]
         r = np.nan_to_num(self.correlations(name)[self.active()], nan=0.0)
         return {"activation_rel_mse": float(t["changed"] / t["power"])} | bands(r) | self.fidelity(name)
 

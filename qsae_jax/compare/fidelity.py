@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from qsae_jax.acts.tokens import Windows, counted_rows, in_order
+from qsae_jax.acts.tokens import Windows, counted_rows, in_order, windows_per_forward
 from qsae_jax.lm.loss import token_losses
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import FINAL, Point, activations, resume
@@ -23,7 +23,7 @@ from qsae_jax.mesh import on_data
 from qsae_jax.progress import Advance
 from qsae_jax.sae.measure import fvu
 from qsae_jax.sae.model import SAE
-from qsae_jax.stats import Sums
+from qsae_jax.stats import Interval, Sums, bootstrap, jackknife
 
 GROUPS = 64
 """Windows are added up in at most so many consecutive groups: what the bootstrap draws, and all that is kept."""
@@ -79,15 +79,14 @@ def judge(
     mesh: Mesh,
     *,
     skip_first: int = 1,
-    batch: int = 8,
+    batch: int = 0,
     advance: Advance | None = None,
 ) -> dict[str, Judged]:
     """Every dictionary on one model's activations, and spliced back into it, in one pass over the windows."""
     judged = {name: Judged() for name in dictionaries}
-    batch = min(batch, len(windows))
     skip = jnp.asarray(np.arange(windows.seq) < skip_first, jnp.float32)
     shift, seen = None, 0
-    for ids, weight in in_order(windows, batch):
+    for ids, weight in in_order(windows, windows_per_forward(batch, windows, mesh)):
         tokens = on_data(ids, mesh)
         x, clean = activations(lm, (point, FINAL), tokens)
         shift = jnp.mean(counted_rows(x, skip_first).astype(jnp.float32), axis=0) if shift is None else shift
@@ -116,6 +115,14 @@ def fvu_of(s: Sums) -> float:
 
 def ce_recovered(s: Sums) -> float:
     return float((s["zero"] - s["spliced"]) / (s["zero"] - s["clean"]))
+
+
+def intervals(s: Sums) -> dict[str, Interval]:
+    """Every measure with its interval, from sums by groups of windows."""
+    counted = {"alive": MEASURES["alive"]}
+    others = {name: measure for name, measure in MEASURES.items() if name not in counted}
+    found = bootstrap(others, s) | jackknife(counted, s)
+    return {name: found[name] for name in MEASURES}
 
 
 MEASURES = {

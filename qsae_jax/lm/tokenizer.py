@@ -21,7 +21,10 @@ def _byte_level() -> pre_tokenizers.PreTokenizer:
 
 
 # How each `tokenizer.ggml.pre` of llama.cpp splits text before the merges.
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPLITS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "gpt-2": _byte_level,
     "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()]),
@@ -100,11 +103,12 @@ def _from_gguf(path: Path) -> TextTokenizer:
         )
     names, types = file.get("tokenizer.ggml.tokens"), file.get("tokenizer.ggml.token_type", [])
     merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges", [])]
-    inner = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=merges))
+    llama3 = split == "llama-bpe"  # as llama.cpp: a word of the vocabulary needs no merges, and BOS unless told not to
+    inner = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=merges, ignore_merges=llama3))
     inner.pre_tokenizer = SPLITS[split]()
     inner.decoder = decoders.ByteLevel()
     whole = [name for name, type_ in zip(names, types, strict=False) if type_ in (CONTROL, USER_DEFINED)]
     inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in whole])
     bos = file.get("tokenizer.ggml.bos_token_id")
-    adds = bool(file.get("tokenizer.ggml.add_bos_token", False)) and bos is not None
+    adds = bool(file.get("tokenizer.ggml.add_bos_token", llama3)) and bos is not None
     return TextTokenizer(inner, bos, file.get("tokenizer.ggml.eos_token_id"), adds)

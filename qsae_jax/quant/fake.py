@@ -67,7 +67,7 @@ def fake_quantize(lm: LM, scheme: str | Scheme) -> LM:
             rounded = matched_noise(key, w, rounded)
         return leaf.replace(rounded)
 
-    flat = nnx.to_flat_state(state)
+    flat = list(nnx.to_flat_state(state))
     if scheme.group > 0:
         _check_group(flat, scheme)
     return nnx.merge(graph, nnx.from_flat_state([(k, distort(".".join(map(str, k)), v)) for k, v in flat]))

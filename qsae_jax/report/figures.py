@@ -17,17 +17,10 @@ from matplotlib.ticker import PercentFormatter
 from qsae_jax.report.results import Columns
 
 INK, FAINT = "#010203", "#040506"
-BLUE, ORANGE, GREEN, RED, PINK, SKY, YELLOW = [
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#BFA900",
-]
+BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
+RED, PINK, SKY, YELLOW = "#D55E00", "#CC79A7", "#56B4E9", "#BFA900"
 CYCLE = (BLUE, RED, GREEN, PINK, ORANGE, SKY, YELLOW)
-STYLE = {
+STYLE: Any = {
     **dict.fromkeys(["text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor"], INK),
     **dict.fromkeys(["axes.edgecolor", "xtick.color", "ytick.color", "grid.color"], FAINT),
     "svg.fonttype": "none",

@@ -101,7 +101,8 @@ def worst_table(columns: Columns) -> Table:
     heads = [("feature", "index of the latent"), ("r", "correlation of its value in the two runs")]
     heads += [(name.replace("_", " "), "") for name in names]
     rows = [
-        [str(columns["feature"][i]), number(r[i], 3)] + [number(float(columns[n][i]), 3) for n in names] for i in order
+        [str(columns["feature"][i]), number(float(r[i]), 3)] + [number(float(columns[n][i]), 3) for n in names]
+        for i in order
     ]
     return Table(heads, rows)
 

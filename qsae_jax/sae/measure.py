@@ -5,6 +5,8 @@ error of a batch stays near 1e-6 of the sum. `weight [n]` is 1 for a counted row
 """
 
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32
 
 from qsae_jax.sae.model import SAE
@@ -36,6 +38,7 @@ def reconstruction_sums(
     }
 
 
-def fvu(error: Array, x: Array, xx: Array, n: Array) -> float:
+def fvu(error: ArrayLike, x: ArrayLike, xx: ArrayLike, n: ArrayLike) -> float:
     """Fraction of variance unexplained, `sum |x - xhat|^2 / sum |x - mean x|^2`, the mean over all counted tokens."""
+    error, x, xx, n = (np.asarray(v, np.float64) for v in (error, x, xx, n))
     return float(error / (xx - (x**2).sum(-1) / n))

@@ -5,8 +5,6 @@ shape that XLA fuses on a CPU (measured at d 512, m 8192, k 32, batch 2048): unr
 so that gather and multiply-add become one loop, and `fori_loop` for the scatter-adds of gradients.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -25,18 +23,16 @@ def _scatter(rows: Int[Array, "b k"], weights: Float[Array, "b k"], x: Float[Arr
     return jax.lax.fori_loop(0, rows.shape[1], add, jnp.zeros((m, x.shape[1]), x.dtype))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def encode_rows(
-    x: Float[Array, "b d"], W_enc: Float[Array, "d m"], b_enc: Float[Array, "m"], k: int
-) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
-    """The k largest of `x W_enc + b_enc`, cut at zero, and their latents. Gradients reach x only through the sum
-    over rows that a shared bias needs: see `_encode_back`."""
+def _top_rows(x: Array, W_enc: Array, b_enc: Array, k: int) -> tuple[Array, Array]:
     values, rows = top_k(x @ W_enc + b_enc[None, :], k)
     return jax.nn.relu(values), rows
 
 
+_encode_rows = jax.custom_vjp(_top_rows, nondiff_argnums=(3,))
+
+
 def _encode_forth(x: Array, W_enc: Array, b_enc: Array, k: int) -> tuple:
-    values, rows = encode_rows(x, W_enc, b_enc, k)
+    values, rows = _top_rows(x, W_enc, b_enc, k)
     return (values, rows), (x, W_enc, values, rows)
 
 
@@ -50,7 +46,15 @@ def _encode_back(k: int, kept: tuple, cotangents: tuple) -> tuple:
     return to_x, to_W, to_b
 
 
-encode_rows.defvjp(_encode_forth, _encode_back)
+_encode_rows.defvjp(_encode_forth, _encode_back)
+
+
+def encode_rows(
+    x: Float[Array, "b d"], W_enc: Float[Array, "d m"], b_enc: Float[Array, "m"], k: int
+) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
+    """The k largest of `x W_enc + b_enc`, cut at zero, and their latents."""
+    values, rows = _encode_rows(x, W_enc, b_enc, k)
+    return values, rows
 
 
 @jax.custom_vjp

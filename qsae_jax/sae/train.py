@@ -8,7 +8,7 @@ gradient along a row is removed and the row is renormalised (Gao et al. 2024, se
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def geometric_median(x: Float[Array, "n d"], rounds: int = 32) -> Float[Array, "
     return jax.lax.fori_loop(0, rounds, closer, jnp.mean(x, axis=0))
 
 
-def optimizer(config: SAEConfig, steps: int) -> optax.GradientTransformation:
+def optimizer(config: SAEConfig, steps: int) -> Any:
     """Adam with linear warm-up and linear decay to zero."""
     rise, fall = max(int(steps * config.warmup), 1), max(int(steps * config.decay), 1)
     parts = [optax.linear_schedule(0, config.lr, rise), optax.linear_schedule(config.lr, 0, fall)]
@@ -131,7 +131,7 @@ def make_step(config: SAEConfig, steps: int, mesh: Mesh) -> Step:
         if config.sparsity == "topk":
             grads = without_radial(state.sae, grads)
         updates, opt = tx.update(grads, state.opt, state.sae)
-        sae = optax.apply_updates(state.sae, updates)
+        sae: SAE = optax.apply_updates(cast(Any, state.sae), updates)  # pyright: ignore[reportAssignmentType]
         sae = unit_decoder(sae) if config.sparsity == "topk" else sae
         silent = jnp.where(fired > 0, 0, state.silent + len(x))
         fvu = jnp.sum(error**2) / jnp.sum((x - jnp.mean(x, axis=0, keepdims=True)) ** 2)
@@ -143,7 +143,7 @@ def make_step(config: SAEConfig, steps: int, mesh: Mesh) -> Step:
 
 def _with_decoder(sae: SAE, W_dec: Array) -> SAE:
     graph, params = nnx.split(sae)
-    params["W_dec"] = params["W_dec"].replace(W_dec)
+    params["W_dec"] = cast(nnx.Variable, params["W_dec"]).replace(W_dec)
     return nnx.merge(graph, params)
 
 
