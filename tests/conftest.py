@@ -25,3 +25,60 @@ hypothesis.settings.load_profile("qsae")
 def torch():
     """The oracle of the parity tests, which are skipped where it is not installed."""
     return pytest.importorskip("torch", reason="torch, the oracle of this test, is installed on Python 3.11 only")
+
+
+@pytest.fixture(scope="session")
+def tiny_lm():
+    """A random Llama with every scalar off its default, big enough for a byte-level vocabulary."""
+    from flax import nnx
+
+    from qsae_jax.lm.model import LM, LMConfig
+
+    shape = {"vocab": 300, "d_model": 16, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "d_ff": 24}
+    scalars = {"norm_eps": 3e-3, "rope_theta": 777.0, "tied": False, "context": 64}
+    return LM(LMConfig(family="llama", **shape, **scalars), nnx.Rngs(0))
+
+
+@pytest.fixture(scope="session")
+def tiny_sae():
+    """`tiny_sae(seed)`: a random TopK dictionary of 32 latents on width 16, biases away from zero."""
+    import jax.numpy as jnp
+
+    from qsae_jax.sae.model import SAE
+    from qsae_jax.sae.sparsity import TopK
+
+    def make(seed: int = 0) -> SAE:
+        keys = jax.random.split(jax.random.key(seed), 4)
+        W_enc, W_dec = jax.random.normal(keys[0], (16, 32)), jax.random.normal(keys[1], (32, 16)) / 4
+        b_enc, b_dec = 0.3 * jax.random.normal(keys[2], (32,)), 0.1 * jax.random.normal(keys[3], (16,))
+        return SAE(TopK(4), *map(jnp.asarray, (W_enc, b_enc, W_dec, b_dec)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_windows():
+    """`tiny_windows(n)`: n windows of 16 random tokens."""
+    import numpy as np
+
+    from qsae_jax.acts.tokens import Windows
+
+    return lambda n: Windows(np.random.default_rng(7).integers(0, 300, (n, 16), dtype=np.int32), "random", bos=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_lm, tmp_path_factory):
+    """The tiny model as a Hugging Face folder, with a byte-level tokenizer that adds nothing."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from qsae_jax.lm.load import save_lm
+    from qsae_jax.lm.tokenizer import TextTokenizer
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    save_lm(tiny_lm, folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    TextTokenizer(inner, None, None, False).save(folder)
+    return folder

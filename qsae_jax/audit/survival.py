@@ -87,10 +87,10 @@ class Survival:
             self.totals[name].add(**sums)
 
     def correlations(self, name: str) -> np.ndarray:
-        """r of every feature `[m]`, NaN where it is undefined."""
+        """r of every feature `[m]`; NaN for one that never fires in the reference run."""
         t, base = self.totals[name], self.totals[self.names[0]]
         r = pearson(float(base["n"]), base["s"], t["s"], base["ss"], t["ss"], t["cross"])
-        return np.where((base["fired"] > 0) & (t["fired"] > 0), r, np.nan)
+        return np.where(base["fired"] > 0, np.where(t["fired"] > 0, np.nan_to_num(r), 0.0), np.nan)
 
     def statistics(self, name: str) -> dict[str, np.ndarray]:
         """Firing rate, mean (over all counted tokens) and largest activation of every feature `[m]`."""
@@ -110,7 +110,7 @@ class Survival:
     def row(self, name: str) -> dict[str, float]:
         """The numbers of one twin."""
         t = self.totals[name]
-        r = np.nan_to_num(self.correlations(name)[self.active()], nan=0.0)
+        r = self.correlations(name)[self.active()]
         return {"activation_rel_mse": float(t["changed"] / t["power"])} | bands(r) | self.fidelity(name)
 
 

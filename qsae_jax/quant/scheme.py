@@ -53,7 +53,7 @@ def parse_scheme(name: "str | Scheme") -> Scheme:
     if text.startswith("noise@"):
         inner, _, draw = text.removeprefix("noise@").partition("#")
         base = parse_scheme(inner)
-        if base.noise or not base.bits or (draw and not draw.isdigit()):
+        if base.noise or not base.bits or (draw and not draw.isdecimal()):
             raise UserError(
                 f"scheme `{name}`: noise@ takes a quantizer and a draw, for example noise@int4 or noise@int4#1"
             )

@@ -20,6 +20,8 @@ from qsae_jax.sae.sparsity import ReLU, TopK
 from qsae_jax.store import read_json, staged, write_json
 
 WEIGHTS = "sae_weights.safetensors"
+VERSION = "6.0.0"
+"""Of the format that is written. Without it SAELens takes a cfg.json for an older one and drops the metadata."""
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
@@ -47,6 +49,9 @@ def load_stored(folder: str | Path, mesh: Mesh | None = None) -> Stored:
         raise UserError(
             f"`{folder}`: architecture `{kind}` is not supported (standard, topk){nearest(str(kind), ['topk'])}"
         )
+    act = cfg.get("activation_fn_str", cfg.get("activation_fn", "relu"))  # what SAELens before 6 said
+    if act not in ("relu", None):
+        raise UserError(f"`{folder}`: activation function `{act}` of an old SAELens: load and save it with SAELens 6")
     if (norm := cfg.get("normalize_activations", "none")) not in ("none", None, False):
         raise UserError(f"`{folder}`: normalize_activations is `{norm}`: fold it into the weights with SAELens first")
     if cfg.get("reshape_activations", "none") not in ("none", None):
@@ -58,10 +63,11 @@ def load_stored(folder: str | Path, mesh: Mesh | None = None) -> Stored:
     if cfg.get("rescale_acts_by_decoder_norm"):
         norms = np.linalg.norm(arrays["W_dec"], axis=-1)
         arrays["W_enc"], arrays["b_enc"] = arrays["W_enc"] * norms[None], arrays["b_enc"] * norms
-        arrays["W_dec"] = arrays["W_dec"] / norms[:, None]
+        arrays["W_dec"] = arrays["W_dec"] / np.where(norms > 0, norms, 1)[:, None]  # a row of zeros stays one
     sparsity = TopK(int(cfg["k"])) if kind == "topk" else ReLU()
     sae = SAE(sparsity, *(jnp.asarray(arrays[name]) for name in NAMES), centred=cfg.get("apply_b_dec_to_input", True))
-    return Stored(place(sae, mesh or make_mesh(1, 1)), dict(cfg.get("metadata") or {}))
+    told = cfg.get("metadata")
+    return Stored(place(sae, mesh or make_mesh(1, 1)), told if isinstance(told, dict) else {})
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -107,7 +113,7 @@ def save_sae(sae: SAE, folder: str | Path, metadata: dict[str, Any] | None = Non
         "apply_b_dec_to_input": sae.centred,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": metadata or {},
+        "metadata": {"sae_lens_version": VERSION} | (metadata or {}),
     }
     if isinstance(sae.sparsity, TopK):
         cfg |= {"k": sae.sparsity.k, "rescale_acts_by_decoder_norm": False}

@@ -1,0 +1,119 @@
+"""The comparison beside float64 NumPy and logits of the patched model, and its verdict on made-up numbers."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qsae_jax import compare, fake_quantize, patch
+from qsae_jax.compare.fidelity import Judged
+from qsae_jax.compare.transfer import verdict
+from qsae_jax.mesh import make_mesh, place
+
+POINT, SKIP = "blocks.1.resid_post", 2
+
+
+@pytest.fixture(scope="module")
+def saes(tiny_sae):
+    return {"sae": tiny_sae(0), "retrained": tiny_sae(1), "reseeded": tiny_sae(2)}
+
+
+def run(lm, saes, windows, **named):
+    return compare(lm, "int2", saes["sae"], saes["retrained"], windows, POINT, reseeded=saes["reseeded"],
+                   skip_first=SKIP, **named).facts  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def facts(tiny_lm, saes, tiny_windows):
+    return run(tiny_lm, saes, tiny_windows(9), batch=4)
+
+
+def log_softmax(lm, tokens, edit):
+    logits = np.asarray(patch(lm, {POINT: edit})(tokens), np.float64)[:, :-1]
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def slow(lm, sae, tokens, skip=SKIP):
+    """FVU, L0, alive, CE and KL recovered, all from whole arrays; codes by the dictionary's own dense encode."""
+    seen = {}
+
+    def keep(x):
+        seen["x"] = np.asarray(x, np.float64)
+        return x
+
+    clean = log_softmax(lm, tokens, keep)
+    x = seen["x"]
+    z = np.asarray(sae.encode(x.astype(np.float32)), np.float64)
+    xhat = z @ np.asarray(sae.W_dec[...], np.float64) + np.asarray(sae.b_dec[...], np.float64)
+    swapped = {name: x.copy() for name in ("zero", "spliced")}
+    swapped["zero"][:, skip:], swapped["spliced"][:, skip:] = 0, xhat[:, skip:]
+    logp = {name: log_softmax(lm, tokens, lambda _, y=y: jnp.asarray(y, jnp.float32)) for name, y in swapped.items()}
+    ce = {k: -np.take_along_axis(v, tokens[:, 1:, None], -1).sum() for k, v in (logp | {"clean": clean}).items()}
+    kl = {k: (np.exp(clean) * (clean - v)).sum() for k, v in logp.items()}
+    x, xhat, z = (y[:, skip:].reshape(-1, y.shape[-1]) for y in (x, xhat, z))
+    return {
+        "fvu": ((x - xhat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(),
+        "l0": (z > 0).sum(-1).mean(),
+        "alive": (z > 0).any(0).mean(),
+        "dense": ((z > 0).mean(0) > 0.1).mean(),
+        "ce_recovered": (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]),
+        "kl_recovered": (kl["zero"] - kl["spliced"]) / kl["zero"],
+    }
+
+
+def test_every_arm_equals_the_slow_computation(facts, tiny_lm, saes, tiny_windows):
+    """All six measures of the six arms within 2e-4; the control leaves out one position more."""
+    tokens, models = tiny_windows(9).ids, {"fp": tiny_lm, "int2": fake_quantize(tiny_lm, "int2")}
+    names = {"reference": "sae", "transferred": "sae"}
+    assert [row["arm"] for row in facts["rows"]] == ["reference", "transferred"] + ["retrained"] * 2 + ["reseeded"] * 2
+    for row in facts["rows"]:
+        sae = saes[names.get(row["arm"], row["arm"])]
+        wanted = slow(models[row["judged_on"]], sae, tokens)
+        assert {k: row[k]["value"] for k in wanted} == pytest.approx(wanted, rel=2e-4, abs=2e-4), row["arm"]
+        for name in wanted:
+            low, value, high = (row[name][key] for key in ("low", "value", "high"))
+            assert low <= value <= high, (row["arm"], name)
+    other = slow(models["int2"], saes["reseeded"], tokens, skip=SKIP + 1)
+    assert abs(other["fvu"] - facts["rows"][-1]["fvu"]["value"]) > 2e-3
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
+def test_a_mesh_gives_the_same_comparison(shape, facts, tiny_lm, saes, tiny_windows):
+    mesh = make_mesh(*shape)
+    got = run(place(tiny_lm, mesh), {k: place(v, mesh) for k, v in saes.items()}, tiny_windows(9), batch=8, mesh=mesh)
+    for mine, other in zip(got["rows"], facts["rows"], strict=True):
+        for name in ("fvu", "l0", "alive", "ce_recovered", "kl_recovered"):
+            assert mine[name] == pytest.approx(other[name], rel=5e-4, abs=5e-4), (mine["arm"], name)
+    assert got["verdict"]["choice"] == facts["verdict"]["choice"]
+
+
+def judged(error, spliced, groups=32, seed=0):
+    """Sums of a dictionary with a given FVU and CE recovered, a little different in each group."""
+    level = np.random.default_rng(seed).uniform(0.9, 1.1, groups)
+    ones = np.ones(groups)
+    s = {"error": error * level, "x": np.zeros((groups, 2)), "xx": ones, "n": ones, "active": ones}
+    s |= {"fired": np.ones((groups, 4)), "zero": 10 * ones, "clean": ones * 0, "spliced": spliced * level}
+    return Judged(s | {"kl_zero": ones, "kl_spliced": 0.1 * ones})
+
+
+@pytest.mark.parametrize(
+    "transferred, retrained, choice",
+    [
+        ((0.30, 1.0), (0.30, 1.0), "keep"),
+        ((0.33, 1.0), (0.30, 1.0), "keep"),  # a gain, but less than a seed changes
+        ((0.45, 1.0), (0.30, 0.5), "retrain"),
+        ((0.45, 1.0), (0.30, 1.0), "adapt"),  # the reconstruction gains, the model's loss does not
+    ],
+)
+def test_the_verdict(transferred, retrained, choice):
+    """The floor is |0.35 - 0.30|: what a new seed changes at full precision."""
+    home = {"sae": judged(0.30, 1.0), "reseeded": judged(0.35, 1.0)}
+    there = {"sae": judged(*transferred), "retrained": judged(*retrained)}
+    got = verdict({"fp": home, "int2": there}, "int2")
+    assert got["choice"] == choice and got["floor"] == pytest.approx(0.05, abs=0.005)
+    assert got["interval"][0] <= transferred[0] - retrained[0] + 1e-2 and "int2" in got["reason"]
+
+
+def test_without_a_second_seed_the_floor_is_none():
+    got = verdict({"fp": {"sae": judged(0.3, 1)}, "s": {"sae": judged(0.33, 1), "retrained": judged(0.3, 1)}}, "s")
+    assert got["floor"] == 0 and got["choice"] == "adapt" and "no second seed" in got["reason"]
