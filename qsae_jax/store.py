@@ -81,7 +81,8 @@ def staged(folder: Path) -> Iterator[Path]:
         raise UserError(f"cannot write `{folder}` ({error.strerror}): choose a writable folder") from error
     try:
         yield draft
-        os.chmod(draft, 0o755)
+        for path in [draft, *draft.rglob("*")]:  # mkdtemp and safetensors make them for their owner alone
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(draft, folder)

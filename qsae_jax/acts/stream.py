@@ -64,10 +64,10 @@ class ActivationStream:
         permuted = [self._permutation(first), self._permutation(first + 1)]
         rows = np.concatenate(permuted)[at - first * self.rows_per_block]
         from_new = at // self.rows_per_block > first
-        old = self._block(first)
-        new = self._block(first + 1) if from_new.any() else old
         for gone in [number for number in self._blocks if number < first]:
             del self._blocks[gone]
+        old = self._block(first)
+        new = self._block(first + 1) if from_new.any() else old
         self.taken += self.batch
         return {name: on_data(_gather(old[name], new[name], rows, from_new), self.mesh) for name in self.twins}
 

@@ -1,0 +1,154 @@
+"""Training that is stopped and goes on, against the same training in one go: bit for bit."""
+
+import contextlib
+import functools
+import json
+import shutil
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qsae_jax.sae.fit as fitting
+from qsae_jax.errors import Interrupted, UserError
+from qsae_jax.mesh import on_data
+from qsae_jax.sae.fit import Job, fit, forget_steps
+from qsae_jax.sae.train import SAEConfig, make_step, start
+
+D, BATCH, STEPS = 8, 16, 6
+CONFIG = SAEConfig(k=2, expansion=2, lr=0.013, warmup=0.25, decay=0.4, aux=0.37, dead_after=2 * BATCH)
+JOBS = {"fp": Job("fp"), "int4": Job("int4"), "fp-7": Job("fp", seed=7)}
+
+
+class Rows:
+    """What training needs of a stream: rows that are a pure function of `seed` and `taken`, the same for both twins."""
+
+    def __init__(self, mesh, seed=0):
+        self.mesh, self.batch, self.seed, self.taken = mesh, BATCH, seed, 0
+
+    def first(self, rows):
+        return self.at(0, min(rows, 32))
+
+    def __next__(self):
+        self.taken += self.batch
+        return self.at(self.taken - self.batch, self.batch)
+
+    def at(self, taken, rows):
+        x = 3 * np.random.default_rng((self.seed, taken)).standard_normal((rows, D), np.float32) + 1
+        return {"fp": on_data(x, self.mesh), "int4": on_data(np.round(x), self.mesh)}
+
+
+make_step_once = functools.cache(make_step)
+STARTED = {}
+
+
+def start_once(config, first, *rest):
+    key = config, np.asarray(first).tobytes(), *rest
+    if key not in STARTED:
+        STARTED[key] = start(config, first, *rest)
+    return jax.tree.map(jnp.copy, STARTED[key])
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    """The trainings of this file share what they compile, and write a log line every other step."""
+    monkeypatch.setattr(fitting, "make_step", make_step_once)
+    monkeypatch.setattr(fitting, "start", start_once)
+    monkeypatch.setattr(fitting, "LOG_EVERY", 2)
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """`stop_after(stream, steps)`: trainings are told to stop once so many batches are out of the stream."""
+
+    def plan(stream, steps):
+        @contextlib.contextmanager
+        def signal():
+            yield lambda: stream.taken >= steps * BATCH
+
+        monkeypatch.setattr(fitting, "stop_signal", signal)
+        return stream
+
+    return plan
+
+
+@pytest.fixture
+def train(stop_after, mesh):
+    """`train(folder, data, model, stop, seed)`: the dictionaries of the jobs, from a new stream."""
+
+    def run(folder, data=1, model=1, stop=STEPS + 1, seed=0, jobs=JOBS):
+        return fit(stop_after(Rows(mesh(data, model), seed), stop), jobs, CONFIG, STEPS * BATCH, folder)
+
+    return run
+
+
+def logs(folder, jobs=JOBS):
+    """Per job the lines of its log, without the speed."""
+    lines = {name: (folder / f"{name}.jsonl").read_text().splitlines() for name in jobs}
+    return {name: [{**json.loads(x), "tokens_per_s": 0} for x in some] for name, some in lines.items()}
+
+
+def same_bits(params, one, two):
+    return {
+        name: all(np.array_equal(params(one[name])[n], params(two[name])[n]) for n in params(one[name])) for name in one
+    }
+
+
+@pytest.mark.parametrize(("data", "model", "stops"), [(1, 1, (3, 5)), (2, 4, (3,))])
+def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, params, train, data, model, stops):
+    """Stopped after 3, or after 3 and 5 of 6 steps, with a new stream each time: the parameters (of two twins and two
+    seeds, on one device) and the lines of the logs are those of one go. Control: what was kept ends elsewhere on other
+    tokens."""
+    jobs = JOBS if data * model == 1 else {"fp": JOBS["fp"]}
+    whole = train(tmp_path / "whole", data, model, jobs=jobs)
+    for stop in stops:
+        with pytest.raises(Interrupted, match=f"{stop} of {STEPS}"):
+            train(tmp_path / "run", data, model, stop, jobs=jobs)
+    lines = logs(tmp_path / "whole", jobs)
+    assert [line["tokens"] for line in lines["fp"]] == [2 * BATCH, 4 * BATCH, 6 * BATCH]
+    with (tmp_path / "run" / "fp.jsonl").open("a") as file:  # what a killed process wrote after the step that was kept
+        file.write(json.dumps({**lines["fp"][-1], "loss": -1.0}) + '\n{"tokens": 9')
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    resumed = train(tmp_path / "run", data, model, jobs=jobs)
+    assert all(same_bits(params, resumed, whole).values())
+    assert logs(tmp_path / "run", jobs) == lines
+    assert not any(same_bits(params, train(tmp_path / "other", data, model, seed=1, jobs=jobs), whole).values())
+
+
+def test_each_job_is_what_training_it_alone_gives(tmp_path, params, train):
+    """Two twins and two seeds give three dictionaries and three logs; the last has the bits of training it alone.
+    Control: the same twin from the other seed does not."""
+    whole, alone = train(tmp_path / "all"), train(tmp_path / "alone", jobs={"fp-7": JOBS["fp-7"]})
+    decoders = [params(whole[name])["W_dec"] for name in JOBS]
+    assert not any(np.allclose(decoders[i], decoders[j]) for i, j in [(0, 1), (0, 2), (1, 2)])
+    assert len({json.dumps(lines) for lines in logs(tmp_path / "all").values()}) == 3
+    assert same_bits(params, alone, whole)["fp-7"] and not same_bits(params, alone, {"fp-7": whole["fp"]})["fp-7"]
+
+
+def test_a_finished_training_leaves_its_log(tmp_path, train):
+    """`forget_steps` drops the states, and nothing else."""
+    train(tmp_path)
+    assert (tmp_path / "steps").is_dir()
+    forget_steps(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{name}.jsonl" for name in JOBS)
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path, mesh):
+    """Less than one batch, and more codes than latents: one line that names the number and the remedy."""
+    jobs, stream = {"fp": Job("fp")}, Rows(mesh(1, 1))
+    with pytest.raises(UserError, match=r"train\.tokens 15 .*batch of 16.*lower train\.batch"):
+        fit(stream, jobs, CONFIG, BATCH - 1, tmp_path)
+    with pytest.raises(UserError, match=r"sae\.k 17 .* 16 latents"):
+        fit(stream, jobs, replace(CONFIG, k=17), BATCH, tmp_path)
+
+
+def test_steps_of_another_training_are_refused(tmp_path, train):
+    """Kept steps of other jobs do not go on: one line that says which folder to delete. Control: those of the same."""
+    jobs = {"fp": JOBS["fp"]}
+    with pytest.raises(Interrupted):
+        train(tmp_path, stop=2, jobs=jobs)
+    with pytest.raises(UserError, match=r"steps.*delete the folder"):
+        train(tmp_path, jobs={"nf4": JOBS["fp"]})
+    assert set(train(tmp_path, jobs=jobs)) == {"fp"}

@@ -1,0 +1,240 @@
+"""The commands as a user types them: statuses, one line for each mistake, nothing half-written."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from qsae_jax import fake_quantize, load_lm, save_sae
+from qsae_jax.cli import main
+
+POINT = "blocks.1.resid_post"
+
+
+@pytest.fixture
+def inputs(tiny_folder, tiny_sae, tiny_windows, tmp_path):
+    """Words of the command line for a sound audit, by name; a test replaces one of them."""
+    save_sae(tiny_sae(), tmp_path / "sae", {"hook_name": "blocks.1.hook_resid_post"})
+    np.save(tmp_path / "tokens.npy", tiny_windows(6).ids)
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    return {
+        "--model": str(tmp_path / "model"),
+        "--sae": str(tmp_path / "sae"),
+        "--tokens": f"npy:{tmp_path / 'tokens.npy'}",
+        "--schemes": "int8,int4-g8",
+        "--out": str(tmp_path / "out"),
+    }
+
+
+def words(verb, given):
+    return [verb, *(word for pair in given.items() for word in pair)]
+
+
+def refused(argv, capsys):
+    """The one line on standard error, after status 2."""
+    assert main(argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("qsae: "), lines
+    return lines[0]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def plant(fault, given, folder):
+    """Spoil the inputs in one way; what the one line has to name."""
+    model = folder / "model"
+    if fault == "missing file":
+        return given | {"--tokens": f"npy:{folder}/none.npy"}, "none.npy"
+    if fault == "truncated safetensors":
+        truncate(model / "model.safetensors")
+        return given, "model.safetensors"
+    if fault == "truncated GGUF":
+        (folder / "x.gguf").write_bytes(b"GGUF\x03\0\0\0\x05\0\0\0")
+        return given | {"--model": str(folder / "x.gguf")}, "x.gguf"
+    if fault == "unknown config key":
+        facts = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(facts | {"new_trick": 2}))
+        return given, "new_trick"
+    if fault == "unknown point":
+        return given | {"--point": "blocks.1.resid_pos"}, "resid_post"
+    if fault == "unknown scheme":
+        return given | {"--schemes": "int4,imt8"}, "int8"
+    if fault == "wrong width":
+        weights = load_file(folder / "sae" / "sae_weights.safetensors")
+        weights |= {"W_enc": weights["W_enc"][:8].copy(), "W_dec": weights["W_dec"][:, :8].copy()}
+        save_file(weights | {"b_dec": weights["b_dec"][:8].copy()}, folder / "sae" / "sae_weights.safetensors")
+        cfg = json.loads((folder / "sae" / "cfg.json").read_text())
+        (folder / "sae" / "cfg.json").write_text(json.dumps(cfg | {"d_in": 8}))
+        return given, "width 8"
+    if fault == "NaN weights":
+        weights = load_file(model / "model.safetensors")
+        weights["model.norm.weight"][3] = np.nan
+        save_file(weights, model / "model.safetensors")
+        return given, "model.norm.weight"
+    if fault == "empty text":
+        (folder / "empty.txt").write_text(" \n")
+        return given | {"--tokens": f"text:{folder}/empty.txt"}, "empty.txt"
+    (folder / "file").write_text("")
+    return given | {"--out": f"{folder}/file/out"}, "file/out"
+
+
+FAULTS = (
+    *("missing file", "truncated safetensors", "truncated GGUF", "unknown config key", "unknown point"),
+    *("unknown scheme", "wrong width", "NaN weights", "empty text", "unwritable folder"),
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_malformed_input_gives_one_line(fault, inputs, tmp_path, capsys):
+    given, named = plant(fault, inputs, tmp_path)
+    assert named in refused(words("audit", given), capsys)
+    assert not (tmp_path / "out" / "audit.json").exists() and not list(tmp_path.glob("out/.*"))
+
+
+def test_sound_inputs_are_not_refused(inputs, tmp_path, capsys):
+    """The control of the ten above; and what an audit leaves."""
+    assert main(words("audit", inputs)) == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["audit.json", "features.parquet", "report.html"]
+    assert [row["scheme"] for row in json.loads((tmp_path / "out/audit.json").read_text())["rows"]] == [
+        "int8",
+        "int4-g8",
+    ]
+    assert "report.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["adit"], "audit"),
+        (["audit", "--modell", "x"], "--help"),
+        (["run", "none.toml"], "none.toml"),
+        (["report", "none"], "none"),
+        (["quantize", "--model", "none", "--scheme", "int4", "--out", "x"], "none"),
+        (["audit", "--batch", "many"], "--batch"),
+        (["points", "--model", "hf:none/none"], "hf:none/none"),
+    ],
+)
+def test_a_mistyped_command_gives_one_line(argv, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert named in refused(argv, capsys)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("change", [{"--batch": "-3"}, {"--seq": "0"}, {"--skip-first": "99"}, {"--limit": "-1"}])
+def test_a_number_out_of_range_gives_one_line(change, inputs, capsys, tmp_path):
+    (tmp_path / "some.txt").write_text("words " * 100)
+    refused(words("audit", inputs | {"--tokens": f"text:{tmp_path}/some.txt", "--seq": "16"} | change), capsys)
+
+
+def test_debug_shows_the_traceback(capsys):
+    with pytest.raises(Exception, match="unknown verb"):
+        main(["adit", "--debug"])
+
+
+def test_quantize_writes_a_folder_that_gives_the_twins_logits(inputs, tmp_path, tiny_lm, tiny_windows, capsys):
+    out = tmp_path / "int4"
+    argv = ["quantize", "--model", inputs["--model"], "--scheme", "int4-g8", "--out", str(out)]
+    assert main(argv) == 0
+    tokens = tiny_windows(2).ids
+    written, twin = load_lm(str(out)), fake_quantize(tiny_lm, "int4-g8")
+    np.testing.assert_array_equal(written(tokens), twin(tokens))
+    assert np.abs(np.asarray(written(tokens) - tiny_lm(tokens))).max() > 1e-3
+    assert (out / "tokenizer.json").is_file() and (out / "model.safetensors").stat().st_mode & 0o777 == 0o644
+    assert "int4" in refused(argv, capsys), "a folder with something in it is not overwritten"
+
+
+def test_schemes_and_points_tell_what_there_is(inputs, capsys):
+    assert main(["schemes"]) == 0 and main(["points", "--model", inputs["--model"]]) == 0
+    told = capsys.readouterr().out
+    assert "signed_full" in told and "blocks.{0..2}.resid_post" in told
+
+
+def test_train_then_compare(inputs, tmp_path, capsys):
+    """Dictionaries on fp and int4 from one command, judged by the next."""
+    common = {key: inputs[key] for key in ("--model", "--tokens")}
+    given = common | {
+        "--point": POINT,
+        "--schemes": "fp,int4",
+        "--out": str(tmp_path / "t"),
+        "--set": "train.tokens=240",
+    }
+    more = [w for setting in ("train.batch=40", "sae.k=4", "sae.expansion=2") for w in ("--set", setting)]
+    assert main(words("train", given) + more) == 0
+    assert sorted(os.listdir(tmp_path / "t")) == ["saes", "train"]
+    cfg = json.loads((tmp_path / "t/saes/int4/cfg.json").read_text())
+    assert cfg["metadata"]["quantization"] == "int4" and cfg["k"] == 4 and cfg["d_sae"] == 32
+    arms = {"--sae": str(tmp_path / "t/saes/fp"), "--retrained": str(tmp_path / "t/saes/int4")}
+    assert main(words("compare", common | arms | {"--schemes": "int4", "--out": inputs["--out"]})) == 0
+    capsys.readouterr()
+    assert json.loads((tmp_path / "out/compare.json").read_text())["verdict"]["choice"] in ("keep", "adapt", "retrain")
+    assert (tmp_path / "out/report.html").is_file()
+    assert "`sae.kk`" in refused([*words("train", given), "--set", "sae.kk=3"], capsys)
+
+
+STUDY = """
+model = "{folder}/model"
+point = "blocks.1.resid_post"
+schemes = ["int8", "noise@int4"]
+compare = "int4"
+[tokens]
+source = "npy:{folder}/tokens.npy"
+audit = 32
+compare = 32
+[train]
+tokens = {tokens}
+batch = 40
+[sae]
+k = 4
+expansion = 2
+"""
+
+
+def test_a_study_is_reused_and_redone_where_it_changed(inputs, tmp_path, capsys):
+    (tmp_path / "s.toml").write_text(STUDY.format(folder=tmp_path, tokens=400))
+    argv = ["run", str(tmp_path / "s.toml"), "--out", str(tmp_path / "out")]
+    assert main(argv) == 0
+    first = (tmp_path / "out/compare.json").read_bytes()
+    assert sorted(p.name for p in (tmp_path / "out/saes").iterdir()) == ["fp", "fp-seed1", "int4"]
+    capsys.readouterr()
+    assert main(argv) == 0
+    assert capsys.readouterr().out.count("already done") == 4
+    assert main([*argv, "--set", "schemes=int8,int2"]) == 0
+    assert capsys.readouterr().out.count("already done") == 3
+    assert (tmp_path / "out/compare.json").read_bytes() == first
+    assert "`tokens.sek`" in refused([*argv, "--set", "tokens.sek=3"], capsys)
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_nothing_half_written_and_the_command_goes_on(inputs, tmp_path):
+    """Interrupted in training: status 130, one line, no dictionary; the same command ends with the bits of a run
+    that nobody interrupted."""
+    (tmp_path / "s.toml").write_text(STUDY.format(folder=tmp_path, tokens=8_000))
+
+    argv = ["run", str(tmp_path / "s.toml"), "--out"]
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    log = tmp_path / "stopped/train/fp.jsonl"
+    command = [sys.executable, "-m", "qsae_jax", *argv, str(tmp_path / "stopped")]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as going:
+        while going.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) > 2):
+            time.sleep(0.05)
+        going.send_signal(signal.SIGINT)
+        _, told = going.communicate(timeout=120)
+    assert going.returncode == 130, told
+    assert told.splitlines()[-1].startswith("qsae: stopped after") and "Traceback" not in told
+    left = [p for p in (tmp_path / "stopped").rglob("*") if p.name.startswith(".") or "saes" in p.parts]
+    assert left == [], left
+    for out in ("stopped", "whole"):
+        assert main([*argv, str(tmp_path / out)]) == 0
+    for name in ("fp", "int4", "fp-seed1"):
+        a, b = (load_file(tmp_path / out / "saes" / name / "sae_weights.safetensors") for out in ("stopped", "whole"))
+        assert all(np.array_equal(a[key], b[key]) for key in a), name
