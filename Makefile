@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '
 JOBS ?= 0
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
-BENCH ?= $(wildcard bench/*.py)
+BENCH ?= $(wildcard experiments/bench_*.py)
 
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
@@ -51,7 +51,7 @@ peers: $(PEERS)
 	$(PEERS_VENV)/bin/pytest -W default $(PYTEST_ARGS) tests/peers
 
 bench: $(TEST)
-	@test -n "$(BENCH)" || { echo "make bench: there is no bench/*.py" >&2; exit 1; }
+	@test -n "$(BENCH)" || { echo "make bench: there is no experiments/bench_*.py" >&2; exit 1; }
 	@for file in $(BENCH); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean:

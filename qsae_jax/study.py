@@ -22,6 +22,7 @@ from qsae_jax.audit.run import audit
 from qsae_jax.compare.transfer import compare
 from qsae_jax.config import as_tables, build, read_toml, with_settings
 from qsae_jax.errors import UserError
+from qsae_jax.files import make_folder, read_json, staged_file, write_json
 from qsae_jax.lm.load import load_lm, stored_as
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.sources import SMOLLM2
@@ -35,7 +36,6 @@ from qsae_jax.sae.fit import Job, fit, forget_steps
 from qsae_jax.sae.formats import load_sae, save_sae
 from qsae_jax.sae.model import SAE
 from qsae_jax.sae.train import SAEConfig
-from qsae_jax.store import make_folder, read_json, staged_file, write_json
 
 LIBRARIES = ("qsae-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gguf", "tokenizers")
 

@@ -10,6 +10,7 @@ from qsae_jax.audit.run import audit as run_audit
 from qsae_jax.compare.transfer import compare as run_compare
 from qsae_jax.config import build, with_settings
 from qsae_jax.errors import UserError
+from qsae_jax.files import make_folder, staged
 from qsae_jax.lm.load import load_lm, save_lm
 from qsae_jax.lm.model import LM, count_parameters
 from qsae_jax.lm.tap import check_point
@@ -23,7 +24,6 @@ from qsae_jax.report import write_report
 from qsae_jax.sae.fit import Job, fit, forget_steps
 from qsae_jax.sae.formats import Stored, load_stored, save_sae
 from qsae_jax.sae.train import SAEConfig
-from qsae_jax.store import make_folder, staged
 
 
 def demo(given: Namespace, command: str) -> None:

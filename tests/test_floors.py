@@ -13,13 +13,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qsae_jax"
 
 FLOORS = [
-    ["config", "errors", "mesh", "store", "stats", "progress"],
+    ["config", "errors", "files", "mesh", "store", "stats", "progress"],
     ["lm"],
     ["quant"],
     ["acts"],
     ["sae"],
     ["audit", "compare"],
     ["report", "study", "plan"],
+    ["verbs"],
     ["cli", "__main__"],
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 from qsae_jax.acts.tokens import Windows, check_skip, counted_rows, in_order, windows_per_forward
 from qsae_jax.audit.perplexity import Losses
 from qsae_jax.audit.survival import Survival
+from qsae_jax.files import staged_file, write_json
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import FINAL, Point, activations, check_point, width_at
 from qsae_jax.mesh import make_mesh, on_data
@@ -21,7 +22,6 @@ from qsae_jax.progress import progress
 from qsae_jax.quant.fake import fake_quantize, weight_errors
 from qsae_jax.quant.scheme import Scheme, parse_scheme
 from qsae_jax.sae.model import SAE, check_width
-from qsae_jax.store import staged_file, write_json
 
 
 @dataclass(frozen=True)

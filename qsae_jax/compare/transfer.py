@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from qsae_jax.acts.tokens import Windows, check_skip
 from qsae_jax.compare.fidelity import MEASURES, Judged, intervals, judge
 from qsae_jax.compare.match import match
+from qsae_jax.files import write_json
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import Point, check_point, width_at
 from qsae_jax.mesh import make_mesh
@@ -32,7 +33,6 @@ from qsae_jax.quant.fake import fake_quantize
 from qsae_jax.quant.scheme import Scheme, parse_scheme
 from qsae_jax.sae.model import SAE, check_width
 from qsae_jax.stats import Interval, Sums, bootstrap
-from qsae_jax.store import write_json
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from qsae_jax.errors import UserError, nearest
+from qsae_jax.files import read_json, staged
 from qsae_jax.lm.families import EXPORT, GGML, HUB, Family
 from qsae_jax.lm.gguf import GGUF
 from qsae_jax.lm.model import LM, LMConfig
 from qsae_jax.lm.sources import fetch
 from qsae_jax.mesh import make_mesh, shardings
-from qsae_jax.store import read_json, staged
 
 Reader = Callable[[str], np.ndarray]
 SHARD_BYTES = 4 << 30

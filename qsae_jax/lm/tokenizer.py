@@ -11,9 +11,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from qsae_jax.errors import UserError
+from qsae_jax.files import read_json
 from qsae_jax.lm.gguf import GGUF
 from qsae_jax.lm.sources import fetch
-from qsae_jax.store import read_json
 
 
 def _byte_level() -> pre_tokenizers.PreTokenizer:

@@ -8,10 +8,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from qsae_jax.files import write_text
 from qsae_jax.report import figures, tables
 from qsae_jax.report.results import Results, read_results
 from qsae_jax.report.tables import Table
-from qsae_jax.store import write_text
 
 VERDICTS = {
     "keep": "Keep the dictionary",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qsae_jax.errors import UserError
-from qsae_jax.store import read_json
+from qsae_jax.files import read_json
 
 Columns = dict[str, np.ndarray]
 

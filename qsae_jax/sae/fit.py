@@ -14,10 +14,11 @@ import jax
 
 from qsae_jax.acts.stream import ActivationStream
 from qsae_jax.errors import Interrupted, UserError
+from qsae_jax.files import make_folder
 from qsae_jax.progress import progress, stop_signal
 from qsae_jax.sae.model import SAE
 from qsae_jax.sae.train import Metrics, SAEConfig, TrainState, finished, make_step, start
-from qsae_jax.store import Steps, make_folder
+from qsae_jax.store import Steps
 
 KEEP_EVERY_S = 60.0
 LOG_EVERY = 8

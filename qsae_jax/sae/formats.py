@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qsae_jax.errors import UserError, nearest
+from qsae_jax.files import read_json, staged, write_json
 from qsae_jax.mesh import make_mesh, place
 from qsae_jax.sae.model import SAE
 from qsae_jax.sae.sparsity import ReLU, TopK
-from qsae_jax.store import read_json, staged, write_json
 
 WEIGHTS = "sae_weights.safetensors"
 VERSION = "6.0.0"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qsae_jax.errors import UserError, nearest
-from qsae_jax.store import make_folder, read_json, staged, staged_file, write_json
+from qsae_jax.files import make_folder, read_json, staged, staged_file, write_json
 
 
 def test_json_of_numbers_that_json_has_not(tmp_path):

@@ -1,0 +1,100 @@
+"""Run directories and their files: a file or a folder appears whole or not at all, because it is written beside its
+place and moved there."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qsae_jax.errors import UserError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"`{path}` is not there: check the folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"`{path}` is not readable JSON ({error}): correct it or make it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"`{path}` holds {type(value).__name__}, not a JSON object: correct it or make it again")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically; NaN and infinities become null, which every reader understands."""
+    write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value  # a NumPy scalar
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with staged_file(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` when the block ends well."""
+    make_folder(path.parent)
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        os.close(descriptor)
+    except OSError as error:
+        raise UserError(f"cannot write `{path}` ({error.strerror}): choose a writable folder") from error
+    draft = Path(name)
+    try:
+        yield draft
+        os.chmod(draft, 0o644)
+        os.replace(draft, path)
+    except OSError as error:
+        raise UserError(f"cannot write `{path}` ({error.strerror or error}): is the disk full?") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` when the block ends well."""
+    make_folder(folder.parent)
+    try:
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"cannot write `{folder}` ({error.strerror}): choose a writable folder") from error
+    try:
+        yield draft
+        for path in [draft, *draft.rglob("*")]:  # mkdtemp and safetensors make them for their owner alone
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(draft, folder)
+    except OSError as error:
+        raise UserError(f"cannot write `{folder}` ({error.strerror or error}): is the disk full?") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made if need be and found writable before any work is spent."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder `{folder}` ({error.strerror}): choose a writable one") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"the folder `{folder}` is not writable: choose another with --out")
+    return folder
