@@ -29,8 +29,13 @@ class Passed(NamedTuple):
 def topk_pass(sae: SAE, x: Float[Array, "b d"]) -> Passed:
     """TopK by gathered rows: on one device along the latents."""
     assert isinstance(sae.sparsity, TopK)
-    values, rows = encode_rows(x - sae.b_dec[...][None], sae.W_enc[...], sae.b_enc[...], sae.sparsity.k)
-    error = x - decode_rows(values, rows, sae.W_dec[...]) - sae.b_dec[...][None]
+    still, W_enc, b_dec = jax.lax.stop_gradient, sae.W_enc[...], sae.b_dec[...]
+    # b_dec is taken off every row alike, so its gradient through the encoder is that of a bias moved by -b_dec W_enc:
+    # one product for the batch, where the gradient of each row's input would gather k rows of W_enc for each.
+    bias = sae.b_enc[...] - (b_dec - still(b_dec)) @ still(W_enc) if sae.centred else sae.b_enc[...]
+    read = still(x - b_dec[None]) if sae.centred else x
+    values, rows = encode_rows(read, W_enc, bias, sae.sparsity.k)
+    error = x - decode_rows(values, rows, sae.W_dec[...]) - b_dec[None]
     return Passed(error, jnp.zeros(()), jnp.zeros(sae.latents).at[rows].add((values > 0).astype(x.dtype)))
 
 
