@@ -117,6 +117,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _told(
             f"qsae: {error.filename or 'file'}: {error.strerror or error}: check the path and the disk", 2, argv
         )
+    except Exception as error:
+        if not _no_memory(error):
+            raise
+        return _told("qsae: not enough memory on the device: lower --batch, or use a larger --mesh", 2, argv)
+
+
+def _no_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _check_verb(argv: list[str]) -> None:

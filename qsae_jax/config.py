@@ -95,6 +95,13 @@ def with_settings(tables: dict[str, Any], settings: typing.Sequence[str]) -> dic
     return merged
 
 
+def check_at_least(config: Any, where: str, **least: float) -> None:
+    """Refuse a number below its least possible value."""
+    for name, low in least.items():
+        if not (value := getattr(config, name)) >= low:
+            raise UserError(f"key `{where}{name}` is {value}: give at least {low}")
+
+
 def as_tables(config: Any) -> dict[str, Any]:
     """A dataclass as plain nested dicts, for a result's record."""
     return dataclasses.asdict(config)

@@ -73,6 +73,11 @@ def born(make: Callable[[], Any], mesh: Mesh) -> Any:
     return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
 
 
+def kept(tree: Any, mesh: Mesh) -> Any:
+    """Inside jit: the tree, held to the shardings that it was born with."""
+    return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
+
+
 def on_data(array: Any, mesh: Mesh) -> Array:
     """An array cut over `data` along its first dimension (windows of tokens, rows of activations)."""
     return jax.device_put(array, NamedSharding(mesh, spec(("batch",) + (None,) * (array.ndim - 1), array.shape, mesh)))

@@ -20,7 +20,7 @@ from qsae_jax.acts.stream import ActivationStream
 from qsae_jax.acts.tokens import Windows, load_windows
 from qsae_jax.audit.run import audit
 from qsae_jax.compare.transfer import compare
-from qsae_jax.config import as_tables, build, read_toml, with_settings
+from qsae_jax.config import as_tables, build, check_at_least, read_toml, with_settings
 from qsae_jax.errors import UserError
 from qsae_jax.files import make_folder, read_json, staged_file, write_json
 from qsae_jax.lm.load import load_lm, stored_as
@@ -53,6 +53,9 @@ class TokensConfig:
     compare: int = 4096
     """Tokens of the comparison: the first of the audit's."""
 
+    def __post_init__(self) -> None:
+        check_at_least(self, "tokens.", seq=2, skip_first=0, audit=1, compare=1)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -66,6 +69,11 @@ class TrainConfig:
     """The seed of the dictionary that is the floor for every difference."""
     shuffle: int = 0
     """The seed of the order of tokens, the same for all dictionaries."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "train.", tokens=1, batch=1, seed=0, reseed=0, shuffle=0)
+        if self.seed == self.reseed:
+            raise UserError(f"key `train.reseed` is {self.reseed}, as train.seed: a floor needs another seed")
 
 
 @dataclass(frozen=True)
@@ -183,24 +191,15 @@ class Stages:
             print(f"{name}: already done, reused")
             return
         began = time.monotonic()
-        self._work_on(name, key, work)
+        work()
         done[name] = {"name": name, "seconds": round(time.monotonic() - began, 1), "key": key}
         self.record["stages"] = list(done.values())
         write_json(self.out / "run.json", self.record)
 
-    def _work_on(self, name: str, key: str, work: Callable[[], None]) -> None:
-        """States kept by another study's training do not belong to this one."""
-        mark = self.out / "train" / "key"
-        if name == "train" and not (mark.is_file() and mark.read_text() == key):
-            forget_steps(self.out / "train")
-            make_folder(mark.parent)
-            mark.write_text(key)
-        work()
-
     def _tokens(self) -> None:
         t = self.study.tokens
         tokenizer = None if t.source.startswith("npy:") else load_tokenizer(self.study.model)
-        windows = load_windows(t.source, tokenizer, t.seq, t.bos)
+        windows = load_windows(t.source, tokenizer, t.seq, t.bos, self.lm.config.vocab)
         with staged_file(self.out / "tokens.npy") as draft, draft.open("wb") as file:
             np.save(file, windows.ids)
         write_json(self.out / "tokens.json", {"source": windows.source, "bos": windows.bos})

@@ -6,8 +6,10 @@ blocks. The whole state is therefore one integer, the number of rows given out, 
 gives the same bits. Every counted token is given out once an epoch; a batch may span two blocks.
 """
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +76,14 @@ class ActivationStream:
     def first(self, rows: int) -> Block:
         """Up to so many rows of the first block, to look at before anything is given out."""
         return {name: block[:rows] for name, block in self._block(0).items()}
+
+    def described(self) -> dict[str, Any]:
+        """What decides the rows and their order, the models' weights aside."""
+        facts = {name: getattr(self, name) for name in ("batch", "seed", "skip_first", "windows_per_block")}
+        windows = (
+            f"{self.windows.source} {self.windows.ids.shape} {zlib.crc32(np.ascontiguousarray(self.windows.ids).data)}"
+        )
+        return facts | {"twins": list(self.twins), "point": str(self.point), "windows": windows}
 
     def _permutation(self, number: int) -> np.ndarray:
         return np.random.default_rng((self.seed, number)).permutation(self.rows_per_block).astype(np.int32)

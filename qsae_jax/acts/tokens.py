@@ -56,7 +56,7 @@ def load_windows(source: str, tokenizer: TextTokenizer | None, seq: int, bos: st
     if bos not in BOS:
         raise UserError(f"--bos is `{bos}`: choose one of {', '.join(BOS)}")
     if source.startswith("npy:"):
-        return Windows(_from_npy(Path(source.removeprefix("npy:")), vocab), source, bos=False)
+        return Windows(_within(_from_npy(Path(source.removeprefix("npy:"))), vocab, source), source, bos=False)
     if source == "stdlib-docs":
         texts, name = stdlib_docs(), f"stdlib-docs of Python {platform.python_version()}"
     elif source.startswith("text:"):
@@ -68,7 +68,8 @@ def load_windows(source: str, tokenizer: TextTokenizer | None, seq: int, bos: st
     first = tokenizer.bos_id if bos == "always" or (bos == "auto" and tokenizer.adds_bos) else None
     if bos == "always" and first is None:
         raise UserError("--bos always, but the tokenizer has no BOS token: use --bos never")
-    return Windows(_cut(tokenizer.encode("\n\n".join(texts)), seq, first, source), name, first is not None)
+    ids = _cut(tokenizer.encode("\n\n".join(texts)), seq, first, source)
+    return Windows(_within(ids, vocab, source), name, first is not None)
 
 
 def _cut(ids: list[int], seq: int, bos: int | None, source: str) -> Int32[np.ndarray, "n seq"]:
@@ -92,7 +93,15 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _from_npy(path: Path, vocab: int) -> Int32[np.ndarray, "n seq"]:
+def _within(ids: Int32[np.ndarray, "n seq"], vocab: int, source: str) -> Int32[np.ndarray, "n seq"]:
+    """The ids, when the model knows all of them; `vocab` 0 is a model that is not known."""
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (vocab and high >= vocab):
+        raise UserError(f"`{source}` has ids from {low} to {high}, the model knows 0 to {vocab - 1}: re-tokenize")
+    return ids
+
+
+def _from_npy(path: Path) -> Int32[np.ndarray, "n seq"]:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -100,11 +109,6 @@ def _from_npy(path: Path, vocab: int) -> Int32[np.ndarray, "n seq"]:
     if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.dtype != np.int32 or ids.shape[1] < 2 or not len(ids):
         shape = getattr(ids, "shape", None)
         raise UserError(f"token file `{path}` holds {getattr(ids, 'dtype', '?')} {shape}, expected int32 [n, seq]")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or (vocab and high >= vocab):
-        raise UserError(
-            f"token file `{path}` has ids from {low} to {high}, the model knows 0 to {vocab - 1}: re-tokenize"
-        )
     return ids
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 from qsae_jax.acts.tokens import Windows, check_skip, counted_rows, in_order, windows_per_forward
 from qsae_jax.audit.perplexity import Losses
 from qsae_jax.audit.survival import Survival
+from qsae_jax.errors import UserError
 from qsae_jax.files import staged_file, write_json
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import FINAL, Point, activations, check_point, width_at
@@ -56,6 +57,8 @@ def audit(
     point, mesh = check_point(lm, point), mesh or make_mesh(1, 1)
     check_width(sae, width_at(lm, point), str(point))
     named = {str(s): s for s in map(parse_scheme, schemes) if s.bits}
+    if not named:
+        raise UserError("schemes: only `fp` is named, which is the reference; add one to audit, for example int4")
     check_skip(windows, skip_first)
     twins = {"fp": lm} | {name: fake_quantize(lm, scheme) for name, scheme in named.items()}
     errors = {name: weight_errors(lm, twins[name])["all"] for name in named}

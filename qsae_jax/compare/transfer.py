@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from qsae_jax.acts.tokens import Windows, check_skip
 from qsae_jax.compare.fidelity import MEASURES, Judged, intervals, judge
 from qsae_jax.compare.match import match
+from qsae_jax.errors import UserError
 from qsae_jax.files import write_json
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import Point, check_point, width_at
@@ -61,6 +62,8 @@ def compare(
 ) -> Comparison:
     """Judge a full-precision dictionary against one retrained on the quantized model, on held-out windows."""
     point, scheme, mesh = check_point(lm, point), parse_scheme(scheme), mesh or make_mesh(1, 1)
+    if not scheme.bits:
+        raise UserError("compare at `fp`: name the scheme to compare full precision with, for example int4")
     check_skip(windows, skip_first)
     saes = {"sae": sae, "retrained": retrained} | ({"reseeded": reseeded} if reseeded else {})
     for one in saes.values():

@@ -33,6 +33,12 @@ class Scheme:
     draw: int = 0
     """Which draw of the noise."""
 
+    def __post_init__(self) -> None:
+        if self.bits not in (0, *range(2, 9)) or self.group < -1 or not 0 <= self.draw < 2**31:
+            raise UserError(f"no such scheme: {self.bits} bits, group {self.group}, draw {self.draw}; `qsae schemes`")
+        if self.convention not in (*SYMMETRIC, "asym"):
+            raise UserError(f"scheme: unknown convention `{self.convention}`{nearest(self.convention, SYMMETRIC)}")
+
     def __str__(self) -> str:
         if not self.bits:
             return "fp"

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from qsae_jax.errors import UserError
 from qsae_jax.files import write_text
 from qsae_jax.report import figures, tables
 from qsae_jax.report.results import Results, read_results
@@ -33,9 +34,19 @@ class Part:
 def write_report(folder: Path) -> Path:
     """Write `report.html` from the results in a folder, and give its path."""
     results = read_results(folder)
+    try:
+        html = _page(results)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"the results in `{folder}` are not complete ({error!r}): make them again") from error
+    path = folder / "report.html"
+    write_text(path, html)
+    return path
+
+
+def _page(results: Results) -> str:
     loader = jinja2.PackageLoader("qsae_jax", "report")
     env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    html = env.get_template("page.html.jinja").render(
+    return env.get_template("page.html.jinja").render(
         head=results.head,
         title=f"{_short(results.head.get('model', ''))} at {results.head.get('point', '')}",
         verdict=(results.compare or {}).get("verdict"),
@@ -47,9 +58,6 @@ def write_report(folder: Path) -> Path:
         run=results.run,
         Markup=Markup,
     )
-    path = folder / "report.html"
-    write_text(path, html)
-    return path
 
 
 def _short(model: str) -> str:

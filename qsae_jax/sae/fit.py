@@ -9,17 +9,20 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from qsae_jax.acts.stream import ActivationStream
+from qsae_jax.config import as_tables
 from qsae_jax.errors import Interrupted, UserError
-from qsae_jax.files import make_folder
+from qsae_jax.files import make_folder, read_json, write_json
 from qsae_jax.progress import progress, stop_signal
 from qsae_jax.sae.model import SAE
 from qsae_jax.sae.train import Metrics, SAEConfig, TrainState, finished, make_step, start
 from qsae_jax.store import Steps
 
+SETTINGS = "settings.json"
 KEEP_EVERY_S = 60.0
 LOG_EVERY = 8
 FIRST_ROWS = 8192
@@ -37,15 +40,22 @@ class Job:
 def fit(
     stream: ActivationStream, jobs: Mapping[str, Job], config: SAEConfig, tokens: int, folder: Path
 ) -> dict[str, SAE]:
-    """Train every job on `tokens` activations; metrics go to `folder/NAME.jsonl`."""
+    """Train every job on `tokens` activations; metrics go to `folder/NAME.jsonl`.
+
+    States that an interrupted call kept in the folder are gone on from, if they were made under the same settings."""
     steps = tokens // stream.batch
     if steps < 1:
         raise UserError(
             f"train.tokens {tokens} is less than one batch of {stream.batch}: raise it or lower train.batch"
         )
+    settings = _settings(stream, jobs, config, tokens)
     make_folder(folder)
     with Steps(folder / "steps") as kept:
-        states = _begin(stream, jobs, config, steps)
+        if kept.latest is None:
+            write_json(folder / SETTINGS, settings)
+        else:
+            _same(settings, folder)
+        states, stream.taken = _begin(stream, jobs, config, steps), 0
         if kept.latest is not None:
             states, plain = kept.load(states)
             stream.taken = int(plain["taken"])
@@ -56,10 +66,31 @@ def fit(
 def forget_steps(folder: Path) -> None:
     """Drop the kept states of a finished training."""
     shutil.rmtree(folder / "steps", ignore_errors=True)
+    (folder / SETTINGS).unlink(missing_ok=True)
+
+
+def _settings(stream: ActivationStream, jobs: Mapping[str, Job], config: SAEConfig, tokens: int) -> dict[str, Any]:
+    facts = {f"sae.{name}": value for name, value in as_tables(config).items()}
+    facts |= {f"job {name}": as_tables(job) for name, job in jobs.items()}
+    return facts | {"train.tokens": tokens} | stream.described()
+
+
+def _same(settings: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on under other settings: the states would belong to neither."""
+    before = read_json(folder / SETTINGS)
+    other = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+    if other:
+        named = ", ".join(sorted(other))
+        raise UserError(
+            f"`{folder}` holds an unfinished training under other settings ({named}): "
+            f"repeat these settings, or delete `{folder / 'steps'}` to start anew"
+        )
 
 
 def _begin(stream: ActivationStream, jobs: Mapping[str, Job], config: SAEConfig, steps: int) -> dict[str, TrainState]:
     first = stream.first(FIRST_ROWS)
+    if unknown := sorted({job.twin for job in jobs.values()} - set(first)):
+        raise UserError(f"no activations of `{unknown[0]}` in the stream; it has {', '.join(first)}")
     width = next(iter(first.values())).shape[-1]
     latents = width * config.expansion
     if config.sparsity == "topk" and config.k > latents:

@@ -17,10 +17,16 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from qsae_jax.mesh import born
+from qsae_jax.config import check_at_least
+from qsae_jax.errors import UserError, nearest
+from qsae_jax.mesh import born, kept
 from qsae_jax.sae.loss import auxk, dense_pass, mse, topk_pass
 from qsae_jax.sae.model import SAE, init_sae
 from qsae_jax.sae.sparsity import ReLU, Sparsity, TopK
+
+LONG = 2**30
+"""Tokens beyond which a silent latent is not counted on: an int32 would wrap."""
+SPARSITIES = ("topk", "relu")
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,14 @@ class SAEConfig:
     """Dead latents that AuxK uses for a token; 0 is half the width of the activations."""
     dead_after: int = 32_768
     """A latent is dead when it has not fired for so many tokens."""
+
+    def __post_init__(self) -> None:
+        if self.sparsity not in SPARSITIES:
+            known = ", ".join(SPARSITIES)
+            raise UserError(
+                f"sae.sparsity `{self.sparsity}` is unknown{nearest(self.sparsity, SPARSITIES)}; possible: {known}"
+            )
+        check_at_least(self, "sae.", k=1, expansion=1, l1=0, lr=0, warmup=0, decay=0, aux=0, k_aux=0, dead_after=1)
 
     def make_sparsity(self) -> Sparsity:
         return TopK(self.k) if self.sparsity == "topk" else ReLU()
@@ -133,10 +147,11 @@ def make_step(config: SAEConfig, steps: int, mesh: Mesh) -> Step:
         updates, opt = tx.update(grads, state.opt, state.sae)
         sae: SAE = optax.apply_updates(cast(Any, state.sae), updates)  # pyright: ignore[reportAssignmentType]
         sae = unit_decoder(sae) if config.sparsity == "topk" else sae
-        silent = jnp.where(fired > 0, 0, state.silent + len(x))
+        silent = jnp.where(fired > 0, 0, jnp.minimum(state.silent + len(x), LONG))
         fvu = jnp.sum(error**2) / jnp.sum((x - jnp.mean(x, axis=0, keepdims=True)) ** 2)
         metrics = Metrics(total, fvu, jnp.sum(fired) / len(x), jnp.mean(silent >= config.dead_after))
-        return TrainState(sae, opt, silent, state.step + 1, state.scale), metrics
+        # Held to the shardings of the first state, or the second step would find others and compile again.
+        return kept(TrainState(sae, opt, silent, state.step + 1, state.scale), mesh), metrics
 
     return step
 

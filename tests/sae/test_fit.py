@@ -28,6 +28,9 @@ class Rows:
     def __init__(self, mesh, seed=0):
         self.mesh, self.batch, self.seed, self.taken = mesh, BATCH, seed, 0
 
+    def described(self):
+        return {"seed": self.seed}
+
     def first(self, rows):
         return self.at(0, min(rows, 32))
 
@@ -114,6 +117,10 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, params, train, da
     resumed = train(tmp_path / "run", data, model, jobs=jobs)
     assert all(same_bits(params, resumed, whole).values())
     assert logs(tmp_path / "run", jobs) == lines
+    with pytest.raises(UserError, match=r"other settings \(seed\)"):
+        train(tmp_path / "other", data, model, seed=1, jobs=jobs)
+    settings = tmp_path / "other" / fitting.SETTINGS
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"seed": 1}))
     assert not any(same_bits(params, train(tmp_path / "other", data, model, seed=1, jobs=jobs), whole).values())
 
 
@@ -149,6 +156,28 @@ def test_steps_of_another_training_are_refused(tmp_path, train):
     jobs = {"fp": JOBS["fp"]}
     with pytest.raises(Interrupted):
         train(tmp_path, stop=2, jobs=jobs)
-    with pytest.raises(UserError, match=r"steps.*delete the folder"):
+    with pytest.raises(UserError, match=r"other settings \(job fp, job nf4\).*delete"):
         train(tmp_path, jobs={"nf4": JOBS["fp"]})
     assert set(train(tmp_path, jobs=jobs)) == {"fp"}
+
+
+def test_changed_settings_do_not_go_on_from_kept_steps(tmp_path, train, stop_after, mesh):
+    """Another learning rate on the same shapes would load without complaint: it is refused by name."""
+    jobs = {"fp": JOBS["fp"]}
+    with pytest.raises(Interrupted):
+        train(tmp_path, stop=2, jobs=jobs)
+    with pytest.raises(UserError, match=r"\(sae\.lr, train\.tokens\)"):
+        fit(Rows(mesh(1, 1)), jobs, replace(CONFIG, lr=0.02), 2 * STEPS * BATCH, tmp_path)
+
+
+def test_a_used_stream_starts_from_its_beginning(tmp_path, params, train, stop_after, mesh):
+    """A stream that has given out rows trains the same dictionary as a new one, not an untrained one."""
+    jobs, used = {"fp": JOBS["fp"]}, Rows(mesh(1, 1))
+    used.taken = STEPS * BATCH
+    again = fit(stop_after(used, STEPS + 1), jobs, CONFIG, STEPS * BATCH, tmp_path / "a")
+    assert same_bits(params, again, train(tmp_path / "b", jobs=jobs))["fp"]
+
+
+def test_an_unknown_twin_is_refused(tmp_path, mesh):
+    with pytest.raises(UserError, match="`int3` in the stream; it has fp, int4"):
+        fit(Rows(mesh(1, 1)), {"x": Job("int3")}, CONFIG, BATCH, tmp_path)
