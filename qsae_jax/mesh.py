@@ -43,9 +43,14 @@ def parse_mesh(text: str) -> Mesh:
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The partition of an array whose dimensions carry these logical axes; what does not divide is replicated."""
+    """The partition of an array whose dimensions carry these logical axes; what does not divide is replicated.
+
+    Without trailing Nones, as XLA gives shardings back: a step sees its own output as it saw the first state."""
     cut = [RULES.get(axis) if axis else None for axis in axes]
-    return PartitionSpec(*(c if c and n % mesh.shape[c] == 0 else None for c, n in zip(cut, shape, strict=True)))
+    cut = [c if c and n % mesh.shape[c] == 0 else None for c, n in zip(cut, shape, strict=True)]
+    while cut and cut[-1] is None:
+        cut.pop()
+    return PartitionSpec(*cut)
 
 
 def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
