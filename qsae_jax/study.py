@@ -120,7 +120,7 @@ def run_study(study: Study, out: str | Path, command: str = "") -> Path:
 def notes_on(model: str) -> list[str]:
     """What every page that shows this model's numbers has to say."""
     kind = stored_as(model)
-    return [f"fp means the weights as shipped. {kind} blocks, not the original floating point."] if kind else []
+    return [f"fp means the weights as shipped ({kind}), not the original floating point."] if kind else []
 
 
 def origin(model: str, point: str, windows: Windows, skip_first: int, tokens: str) -> dict[str, Any]:

@@ -41,9 +41,9 @@ def load_lm(source: str, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> 
 
 
 def stored_as(source: str) -> str | None:
-    """What a packed file holds its weights as (`GGUF: Q4_1 (210), Q8_0 (1)`), None for plain floating point."""
+    """What a packed file holds its weights as (`GGUF blocks of type Q4_1 (210), Q8_0 (1)`), None for plain floating point."""
     path = fetch(source)
-    return None if path.is_dir() else f"GGUF: {GGUF(path).stored_as()}"
+    return None if path.is_dir() else f"GGUF blocks of type {GGUF(path).stored_as()}"
 
 
 def _open_gguf(path: Path) -> tuple[LMConfig, Family, list[str], Reader]:

@@ -59,8 +59,9 @@ def audit_table(audit: dict[str, Any]) -> Table:
 
 
 def interval(got: dict[str, float | None], share: bool = False) -> str:
-    show = (lambda x: percent(x, 2)) if share else number
-    return f"{show(got['value'])} [{show(got['low'])}, {show(got['high'])}]"
+    show = percent if share else lambda x: number(x, 3)
+    ends = [show(got[name]).removesuffix(" %") for name in ("low", "high")]
+    return f"{show(got['value'])} [{', '.join(ends)}]"
 
 
 def arms_table(compare: dict[str, Any]) -> Table:

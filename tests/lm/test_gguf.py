@@ -188,4 +188,4 @@ def test_stored_as(facts, tensors, write_gguf, kind):
     """The matrices are counted, the norms are not: seven a block, embedding and head."""
     facts = widened(facts, kind)
     path, _ = write_gguf(facts, tensors(facts), kind)
-    assert stored_as(path) == f"GGUF: {kind.name} ({7 * facts['num_hidden_layers'] + 2})"
+    assert stored_as(path) == f"GGUF blocks of type {kind.name} ({7 * facts['num_hidden_layers'] + 2})"
