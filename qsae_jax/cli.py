@@ -5,6 +5,7 @@ argparse rather than tyro: a mistake has to give one line, and tyro's is a box o
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         return _told(f"qsae: {error}", 130, argv)
     except KeyboardInterrupt:
-        return _told("qsae: interrupted; what was finished is kept, the same command goes on from there", 130, argv)
+        return _told("qsae: interrupted; nothing is half-written, and finished stages are kept", 130, argv)
     except OSError as error:
         return _told(
             f"qsae: {error.filename or 'file'}: {error.strerror or error}: check the path and the disk", 2, argv
@@ -135,6 +136,6 @@ def _check_verb(argv: list[str]) -> None:
 
 def _told(line: str, status: int, argv: list[str]) -> int:
     if "--debug" in argv:
-        raise
+        traceback.print_exc()
     print(line, file=sys.stderr)
     return status

@@ -80,9 +80,11 @@ def staged(folder: Path) -> Iterator[Path]:
         yield draft
         for path in [draft, *draft.rglob("*")]:  # mkdtemp and safetensors make them for their owner alone
             path.chmod(0o755 if path.is_dir() else 0o644)
+        old = draft.with_name(f"{draft.name}.old")
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, old)
         os.replace(draft, folder)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write `{folder}` ({error.strerror or error}): is the disk full?") from error
     finally:

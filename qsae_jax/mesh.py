@@ -5,7 +5,6 @@ axis. A dimension that the mesh axis does not divide is replicated, so nine head
 axes are `AxisType.Auto`: under explicit axes a top-k over sharded latents is refused (jax 0.10).
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,7 @@ RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model"
 def make_mesh(data: int = 0, model: int = 1) -> Mesh:
     """A mesh of `data` x `model` devices; `data=0` takes as many as are left."""
     have = jax.device_count()
-    data = data or max(have // model, 1)
+    data = data or max(have // max(model, 1), 1)
     if data * model > have or model < 1 or data < 1:
         raise UserError(f"mesh {data}x{model} needs {data * model} devices, {have} are here: choose a smaller mesh")
     devices = jax.devices()[: data * model]
@@ -99,9 +98,3 @@ def in_chunks(rows: Array, size: int) -> Array:
 def from_chunks(chunks: Array) -> Array:
     """Chunks `[c, size, ...]` of `in_chunks` back as rows `[c * size, ...]`."""
     return jnp.moveaxis(chunks, 0, 1).reshape(-1, *chunks.shape[2:])
-
-
-def start_distributed() -> None:
-    """Join the other processes where a cluster says that there are some; alone, do nothing."""
-    if "JAX_COORDINATOR_ADDRESS" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        jax.distributed.initialize()

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -28,7 +29,13 @@ def progress(stage: str, total: int) -> Iterator[Advance]:
     )
     with Progress(*columns, console=console) as bars:
         task = bars.add_task(stage, total=total, figures="")
-        yield lambda n=1, **figures: bars.update(task, advance=n, figures=_text(figures))
+
+        def advance(n: int = 1, **figures: float) -> None:
+            bars.update(task, advance=n)
+            if figures:  # they stay until there are new ones
+                bars.update(task, figures=_text(figures))
+
+        yield advance
 
 
 def _text(figures: dict[str, float]) -> str:
@@ -37,14 +44,15 @@ def _text(figures: dict[str, float]) -> str:
 
 def _lines(stage: str, total: int) -> Advance:
     """For logs: a line every 20 seconds and one at the end."""
-    state = {"done": 0, "said": time.monotonic()}
+    state: dict[str, Any] = {"done": 0, "said": time.monotonic(), "figures": ""}
 
     def advance(n: int = 1, **figures: float) -> None:
         state["done"] += n
+        state["figures"] = _text(figures) or state["figures"]
         now = time.monotonic()
         if now - state["said"] > QUIET_EVERY_S or state["done"] >= total:
             state["said"] = now
-            print(f"{stage}: {state['done']}/{total}  {_text(figures)}", file=sys.stderr, flush=True)
+            print(f"{stage}: {state['done']}/{total}  {state['figures']}", file=sys.stderr, flush=True)
 
     return advance
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import norm, t
 
 Sums = dict[str, np.ndarray]
 
@@ -63,17 +63,24 @@ def bootstrap(
 ) -> dict[str, Interval]:
     """Percentile intervals of statistics of sums, resampling groups of windows with replacement (Efron 1979).
 
+    The percentiles are spread as a t-interval's would be (Hesterberg 2015, "What teachers should know about the
+    bootstrap", section 4.5: the expanded percentile interval), because plain ones are too narrow for few groups: at
+    8 they hold the mean of normal numbers in 86 % of the trials, not 95. One group gives no interval, only NaN.
+
     `groups` maps a name to per-group sums `[groups, ...]`; a statistic sees the sums of a resample. All statistics
     see the same resamples, so a difference taken inside one of them is paired."""
     n = len(next(iter(groups.values())))
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
     whole = {name: g.sum(0) for name, g in groups.items()}
+    if n < 2:
+        return {name: Interval(float(f(whole)), np.nan, np.nan) for name, f in statistics.items()}
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
     drawn: dict[str, list[float]] = {name: [] for name in statistics}
     for count in counts:
         sums = {name: np.tensordot(count, g, axes=1) for name, g in groups.items()}
         for name, statistic in statistics.items():
             drawn[name].append(float(statistic(sums)))
-    ends = [(1 - level) / 2, (1 + level) / 2]
+    tail = norm.cdf(-np.sqrt(n / (n - 1)) * t.ppf((1 + level) / 2, n - 1))
+    ends = [tail, 1 - tail]
     return {
         name: Interval(float(f(whole)), *map(float, np.quantile(drawn[name], ends))) for name, f in statistics.items()
     }

@@ -3,39 +3,39 @@
 from argparse import Namespace
 from pathlib import Path
 
-from qsae_jax import study as studies
 from qsae_jax.acts.stream import ActivationStream
 from qsae_jax.acts.tokens import Windows, load_windows
 from qsae_jax.audit.run import audit as run_audit
 from qsae_jax.compare.transfer import compare as run_compare
 from qsae_jax.config import build, with_settings
 from qsae_jax.errors import UserError
-from qsae_jax.files import make_folder, staged
+from qsae_jax.files import make_folder, read_json, write_json
 from qsae_jax.lm.load import load_lm, save_lm
 from qsae_jax.lm.model import LM, count_parameters
 from qsae_jax.lm.tap import check_point
 from qsae_jax.lm.tap import points as points_of
 from qsae_jax.lm.tokenizer import load_tokenizer
-from qsae_jax.mesh import parse_mesh, start_distributed
+from qsae_jax.mesh import parse_mesh
 from qsae_jax.quant import scheme as scheme_names
 from qsae_jax.quant.fake import fake_quantize, weight_errors
 from qsae_jax.quant.scheme import EXAMPLES, parse_scheme, parse_schemes
+from qsae_jax.recipe import DEMO, TrainConfig, read_study
+from qsae_jax.record import described, learned, notes_on, origin
 from qsae_jax.report import write_report
 from qsae_jax.sae.fit import Job, fit, forget_steps
 from qsae_jax.sae.formats import Stored, load_stored, save_sae
 from qsae_jax.sae.train import SAEConfig
+from qsae_jax.study import run_study
 
 
 def demo(given: Namespace, command: str) -> None:
-    start_distributed()
-    _tell(studies.run_study(studies.DEMO, given.out, command))
+    _tell(run_study(DEMO, given.out, command))
 
 
 def run(given: Namespace, command: str) -> None:
-    start_distributed()
     path = Path(given.study)
-    study = studies.read_study(path, given.set)
-    _tell(studies.run_study(study, given.out or f"runs/{path.stem}", command))
+    study = read_study(path, given.set)
+    _tell(run_study(study, given.out or f"runs/{path.stem}", command))
 
 
 def audit(given: Namespace, command: str) -> None:
@@ -43,11 +43,13 @@ def audit(given: Namespace, command: str) -> None:
     mesh = parse_mesh(given.mesh)
     stored = load_stored(given.sae, mesh)
     lm = load_lm(given.model, mesh=mesh)
-    windows = _windows(given, lm)
-    facts = {"model": given.model, "sae": given.sae, "notes": _notes(given, [stored], windows)}
-    judged = run_audit(lm, stored.sae, windows, names, _point(given, stored), skip_first=given.skip_first,
+    windows, point = _windows(given, lm), _point(given, stored)
+    notes = _notes(given, windows, point, {given.sae: (stored, "fp")})
+    facts = {"model": given.model, "sae": given.sae, "notes": notes}
+    judged = run_audit(lm, stored.sae, windows, names, point, skip_first=given.skip_first,
                        batch=given.batch, mesh=mesh, facts=facts)  # fmt: skip
     judged.write(out)
+    _record(given, command, out)
     _tell(write_report(out))
 
 
@@ -57,7 +59,7 @@ def train(given: Namespace, command: str) -> None:
     tables = with_settings(defaults, given.set)
     if unknown := set(tables) - {"sae", "train"}:
         raise UserError(f"--set: unknown table `{sorted(unknown)[0]}`; possible: sae.*, train.*")
-    config, how = build(SAEConfig, tables["sae"], "sae."), build(studies.TrainConfig, tables["train"], "train.")
+    config, how = build(SAEConfig, tables["sae"], "sae."), build(TrainConfig, tables["train"], "train.")
     mesh = parse_mesh(given.mesh)
     if not given.point:
         raise UserError("train needs --point, for example --point blocks.8.resid_post; `qsae points` lists them")
@@ -68,10 +70,11 @@ def train(given: Namespace, command: str) -> None:
                               skip_first=given.skip_first, forward=given.batch)  # fmt: skip
     saes = fit(stream, {name: Job(name, how.seed) for name in twins}, config, how.tokens, out / "train")
     for name, sae in saes.items():
-        facts = studies.origin(given.model, str(point), windows, given.skip_first, given.tokens)
-        save_sae(sae, out / "saes" / name, facts | {"quantization": name, "seed": how.seed})
+        facts = origin(given.model, str(point), windows, given.skip_first, given.tokens)
+        save_sae(sae, out / "saes" / name, facts | learned(Job(name, how.seed), how))
         print(f"{name}: {out / 'saes' / name}")
     forget_steps(out / "train")
+    _record(given, command, out)
 
 
 def compare(given: Namespace, command: str) -> None:
@@ -80,14 +83,18 @@ def compare(given: Namespace, command: str) -> None:
     if more:
         raise UserError(f"compare takes one scheme, `{given.schemes}` names {len(more) + 1}: run it once for each")
     mesh = parse_mesh(given.mesh)
-    stored, retrained = load_stored(given.sae, mesh), load_stored(given.retrained, mesh)
-    reseeded = load_stored(given.reseeded, mesh).sae if given.reseeded else None
+    folders = {"sae": given.sae, "retrained": given.retrained, "reseeded": given.reseeded}
+    stored = {name: load_stored(folder, mesh) for name, folder in folders.items() if folder}
     lm = load_lm(given.model, mesh=mesh)
-    windows = _windows(given, lm)
-    facts = {"model": given.model, "notes": _notes(given, [stored, retrained], windows)}
-    judged = run_compare(lm, scheme, stored.sae, retrained.sae, windows, _point(given, stored), reseeded=reseeded,
+    windows, point = _windows(given, lm), _point(given, stored["sae"])
+    wanted = {"sae": "fp", "retrained": str(scheme), "reseeded": "fp"}
+    notes = _notes(given, windows, point, {folders[name]: (one, wanted[name]) for name, one in stored.items()})
+    facts = {"model": given.model, "notes": notes} | folders
+    reseeded = stored["reseeded"].sae if "reseeded" in stored else None
+    judged = run_compare(lm, scheme, stored["sae"].sae, stored["retrained"].sae, windows, point, reseeded=reseeded,
                          skip_first=given.skip_first, batch=given.batch, mesh=mesh, facts=facts)  # fmt: skip
     judged.write(out)
+    _record(given, command, out)
     print(judged.facts["verdict"]["choice"], "-", judged.facts["verdict"]["reason"])
     _tell(write_report(out))
 
@@ -99,12 +106,12 @@ def quantize(given: Namespace, command: str) -> None:
         raise UserError(f"`{out}` is there already and not an empty folder: choose another --out")
     lm = load_lm(given.model)
     twin = fake_quantize(lm, scheme)
-    with staged(out) as draft:
-        save_lm(twin, draft, {"qsae_jax": scheme, "source": given.model})
-        try:
-            load_tokenizer(given.model).save(draft)
-        except UserError as error:
-            print(f"without a tokenizer: {error}")
+    try:
+        tokenizer = load_tokenizer(given.model)
+    except UserError as error:
+        tokenizer = None
+        print(f"without a tokenizer: {error}")
+    save_lm(twin, out, {"qsae_jax": scheme, "source": given.model}, tokenizer)
     print(f"{out}: {scheme}, relative weight error {weight_errors(lm, twin)['all']:.5f}")
 
 
@@ -130,10 +137,19 @@ def _tell(path: Path) -> None:
     print(f"report: {path}")
 
 
+def _record(given: Namespace, command: str, out: Path) -> None:
+    """`run.json`, unless a study keeps its own there."""
+    file = out / "run.json"
+    if not (file.is_file() and read_json(file).get("stages")):
+        write_json(file, described(command, vars(given)))
+
+
 def _windows(given: Namespace, lm: LM) -> Windows:
     tokenizer = None if given.tokens.startswith("npy:") else load_tokenizer(given.model)
     windows = load_windows(given.tokens, tokenizer, given.seq, given.bos, lm.config.vocab)
-    return windows.part(0, max(given.limit // windows.seq, 1)) if given.limit else windows
+    if 0 < given.limit < windows.seq:
+        raise UserError(f"--limit {given.limit} is less than one window of {windows.seq}: raise it, or lower --seq")
+    return windows.part(0, given.limit // windows.seq) if given.limit else windows
 
 
 def _point(given: Namespace, stored: Stored) -> str:
@@ -143,22 +159,23 @@ def _point(given: Namespace, stored: Stored) -> str:
     return point
 
 
-def _notes(given: Namespace, stored: list[Stored], windows: Windows) -> list[str]:
-    """What a reader must know, and where a dictionary's own record differs from how it is used here."""
-    notes = studies.notes_on(given.model)
-    for one in stored:
-        facts = one.metadata
-        hook = facts.get("hook_name")
-        if given.point and hook and hook.replace("hook_", "") != given.point.replace("hook_", ""):
-            notes.append(f"The dictionary was trained at {hook}, not at {given.point}.")
-        if (
-            facts.get("prepend_bos") is not None
-            and bool(facts["prepend_bos"]) != windows.bos
-            and given.tokens[:4] != "npy:"
-        ):
-            notes.append(
-                f"The dictionary was trained with prepend_bos {facts['prepend_bos']}, these windows have {windows.bos}."
-            )
+def _notes(given: Namespace, windows: Windows, point: str, used: dict[str, tuple[Stored, str]]) -> list[str]:
+    """What a reader must know, and where a dictionary's own record differs from how it is used here: for each folder
+    the dictionary and the scheme whose activations it should have learnt."""
+    notes = notes_on(given.model)
+    for folder, (stored, scheme) in used.items():
+        facts, said = stored.metadata, []
+        if (hook := facts.get("hook_name")) and hook.replace("hook_", "") != point.replace("hook_", ""):
+            said.append(f"was trained at {hook}, not at {point}")
+        if (learnt := facts.get("quantization")) and learnt != scheme:
+            said.append(f"was trained on activations of {learnt}, not of {scheme}")
+        if (model := facts.get("model_name")) and model != given.model:
+            said.append(f"was trained on {model}")
+        if (bos := facts.get("prepend_bos")) is not None and bos != windows.bos and given.tokens[:4] != "npy:":
+            said.append(f"was trained with prepend_bos {bos}, these windows have {windows.bos}")
+        if facts.get("dataset_path") == given.tokens:
+            said.append("was trained on these tokens, or some of them: it is not judged on what it has not seen")
+        notes += [f"The dictionary {folder} {what}." for what in said]
     for note in notes:
         print(f"note: {note}")
     return notes

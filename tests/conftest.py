@@ -14,7 +14,6 @@ if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_default_matmul_precision", "float32")
 
 # The first example of a test compiles, so no deadline; the same examples in every run.
 hypothesis.settings.register_profile("qsae", deadline=None, derandomize=True)

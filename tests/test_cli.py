@@ -103,7 +103,7 @@ def test_a_malformed_input_gives_one_line(fault, inputs, tmp_path, capsys):
 def test_sound_inputs_are_not_refused(inputs, tmp_path, capsys):
     """The control of the ten above; and what an audit leaves."""
     assert main(words("audit", inputs)) == 0
-    assert sorted(os.listdir(tmp_path / "out")) == ["audit.json", "features.parquet", "report.html"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["audit.json", "features.parquet", "report.html", "run.json"]
     assert [row["scheme"] for row in json.loads((tmp_path / "out/audit.json").read_text())["rows"]] == [
         "int8",
         "int4-g8",
@@ -136,8 +136,9 @@ def test_a_number_out_of_range_gives_one_line(change, inputs, capsys, tmp_path):
 
 
 def test_debug_shows_the_traceback(capsys):
-    with pytest.raises(Exception, match="unknown verb"):
-        main(["adit", "--debug"])
+    assert main(["adit", "--debug"]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" in told and told.splitlines()[-1].startswith("qsae: unknown verb")
 
 
 def test_quantize_writes_a_folder_that_gives_the_twins_logits(inputs, tmp_path, tiny_lm, tiny_windows, capsys):
@@ -169,14 +170,20 @@ def test_train_then_compare(inputs, tmp_path, capsys):
     }
     more = [w for setting in ("train.batch=40", "sae.k=4", "sae.expansion=2") for w in ("--set", setting)]
     assert main(words("train", given) + more) == 0
-    assert sorted(os.listdir(tmp_path / "t")) == ["saes", "train"]
+    assert sorted(os.listdir(tmp_path / "t")) == ["run.json", "saes", "train"]
     cfg = json.loads((tmp_path / "t/saes/int4/cfg.json").read_text())
     assert cfg["metadata"]["quantization"] == "int4" and cfg["k"] == 4 and cfg["d_sae"] == 32
     arms = {"--sae": str(tmp_path / "t/saes/fp"), "--retrained": str(tmp_path / "t/saes/int4")}
     assert main(words("compare", common | arms | {"--schemes": "int4", "--out": inputs["--out"]})) == 0
     capsys.readouterr()
     assert json.loads((tmp_path / "out/compare.json").read_text())["verdict"]["choice"] in ("keep", "adapt", "retrain")
-    assert (tmp_path / "out/report.html").is_file()
+    facts = json.loads((tmp_path / "out/compare.json").read_text())
+    assert facts["retrained"] == arms["--retrained"] and any("trained on these tokens" in n for n in facts["notes"])
+    assert "qsae compare" in (tmp_path / "out/report.html").read_text()
+    given["--out"] = str(tmp_path / "seeded")
+    assert main([*words("train", given | {"--schemes": "fp"}), *more, "--set", "train.seed=1"]) == 0
+    capsys.readouterr()
+    assert "`train.reseed`" in refused([*words("train", given), "--set", "train.reseed=3"], capsys)
     assert "`sae.kk`" in refused([*words("train", given), "--set", "sae.kk=3"], capsys)
 
 
@@ -211,6 +218,11 @@ def test_a_study_is_reused_and_redone_where_it_changed(inputs, tmp_path, capsys)
     assert capsys.readouterr().out.count("already done") == 3
     assert (tmp_path / "out/compare.json").read_bytes() == first
     assert "`tokens.sek`" in refused([*argv, "--set", "tokens.sek=3"], capsys)
+    assert "`schemes`" in refused([*argv, "--set", "schemes=fp"], capsys)
+    np.save(tmp_path / "tokens.npy", np.load(tmp_path / "tokens.npy")[::-1].copy())
+    assert main(argv) == 0
+    assert capsys.readouterr().out.count("already done") == 0, "other tokens under the same name"
+    assert (tmp_path / "out/compare.json").read_bytes() != first
 
 
 @pytest.mark.slow

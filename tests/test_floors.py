@@ -13,13 +13,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qsae_jax"
 
 FLOORS = [
-    ["config", "errors", "files", "mesh", "store", "stats", "progress"],
+    ["config", "errors", "files", "mesh", "products", "store", "stats", "progress"],
     ["lm"],
     ["quant"],
     ["acts"],
     ["sae"],
     ["audit", "compare"],
-    ["report", "study", "plan"],
+    ["report", "recipe", "record", "study", "plan"],
     ["verbs"],
     ["cli", "__main__"],
 ]

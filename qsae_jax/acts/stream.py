@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32
 
-from qsae_jax.acts.tokens import Windows, check_skip, counted_rows, shuffled, windows_per_forward
+from qsae_jax.acts.tokens import Windows, check_windows, counted_rows, shuffled, windows_per_forward
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import Point, activations
 from qsae_jax.mesh import on_data
@@ -46,10 +46,12 @@ class ActivationStream:
     """Windows in a forward pass; 0 chooses by the device. The order of the rows does not depend on it."""
     taken: int = 0
     _blocks: dict[int, Block] = field(default_factory=dict, repr=False)
+    _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         counted = self.windows.seq - self.skip_first
-        check_skip(self.windows, self.skip_first)
+        context = min(lm.config.context for lm in self.twins.values())
+        check_windows(self.windows, self.skip_first, context)
         self.windows_per_block *= -(-self.batch // (self.windows_per_block * counted))
         most = min(windows_per_forward(self.forward, self.windows, self.mesh), self.windows_per_block)
         self.forward = next(n for n in range(most, 0, -1) if self.windows_per_block % n == 0)
@@ -86,7 +88,10 @@ class ActivationStream:
         return facts | {"twins": list(self.twins), "point": str(self.point), "windows": windows}
 
     def _permutation(self, number: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, number)).permutation(self.rows_per_block).astype(np.int32)
+        if number not in self._orders:
+            rows = np.random.default_rng((self.seed, number)).permutation(self.rows_per_block)
+            self._orders = {k: v for k, v in self._orders.items() if k >= number - 1} | {number: rows.astype(np.int32)}
+        return self._orders[number]
 
     def _block(self, number: int) -> Block:
         if number not in self._blocks:

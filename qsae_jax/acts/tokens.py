@@ -157,8 +157,10 @@ def windows_per_forward(asked: int, windows: Windows, mesh: Mesh) -> int:
     return -(-wanted // devices) * devices
 
 
-def check_skip(windows: Windows, skip_first: int) -> None:
-    """Refuse to leave out every position, or a negative number of them."""
+def check_windows(windows: Windows, skip_first: int, context: int) -> None:
+    """Refuse windows longer than the model's context, and to leave out every position or a negative number of them."""
+    if windows.seq > context:
+        raise UserError(f"windows of {windows.seq} tokens, but the model was trained on {context}: lower --seq")
     if not 0 <= skip_first < windows.seq:
         raise UserError(f"--skip-first {skip_first} does not fit windows of {windows.seq}: give 0 to {windows.seq - 1}")
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from qsae_jax.acts.tokens import Windows, check_skip, counted_rows, in_order, windows_per_forward
+from qsae_jax.acts.tokens import Windows, check_windows, counted_rows, in_order, windows_per_forward
 from qsae_jax.audit.perplexity import Losses
 from qsae_jax.audit.survival import Survival
 from qsae_jax.errors import UserError
@@ -59,7 +59,7 @@ def audit(
     named = {str(s): s for s in map(parse_scheme, schemes) if s.bits}
     if not named:
         raise UserError("schemes: only `fp` is named, which is the reference; add one to audit, for example int4")
-    check_skip(windows, skip_first)
+    check_windows(windows, skip_first, lm.config.context)
     twins = {"fp": lm} | {name: fake_quantize(lm, scheme) for name, scheme in named.items()}
     errors = {name: weight_errors(lm, twins[name])["all"] for name in named}
     survival, losses = Survival(sae, list(twins)), Losses(list(twins))

@@ -122,6 +122,8 @@ def intervals(s: Sums) -> dict[str, Interval]:
     counted = {"alive": MEASURES["alive"]}
     others = {name: measure for name, measure in MEASURES.items() if name not in counted}
     found = bootstrap(others, s) | jackknife(counted, s)
+    share = found["alive"]
+    found["alive"] = Interval(share.value, max(share.low, 0.0), min(share.high, 1.0))
     return {name: found[name] for name in MEASURES}
 
 

@@ -14,6 +14,8 @@ from scipy.optimize import linear_sum_assignment
 from qsae_jax.sae.model import SAE
 
 SAME = 0.7
+ASSIGNABLE = 16_384
+"""Latents up to which an assignment is sought: its time grows with their cube (4,608: seconds). Beyond, NaN."""
 
 
 def unit(rows: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m d"]:
@@ -36,7 +38,17 @@ def matched(decoder: Float[np.ndarray, "m n"], encoder: Float[np.ndarray, "m n"]
     there, back = decoder.argmax(1), decoder.argmax(0)
     best = decoder.max(1)
     mutual = (back[there] == np.arange(len(decoder))) & (best >= SAME)
-    rows, partner = linear_sum_assignment(decoder, maximize=True)
-    _, by_encoder = linear_sum_assignment(encoder, maximize=True)
-    agreed = (decoder[rows, partner] >= SAME) & (partner == by_encoder)
-    return {"mmcs": float(best.mean()), "mnn": float(mutual.mean()), "assigned": float(agreed.sum() / len(decoder))}
+    return {"mmcs": float(best.mean()), "mnn": float(mutual.mean()), "assigned": assigned(decoder, encoder)}
+
+
+def assigned(decoder: Float[np.ndarray, "m n"], encoder: Float[np.ndarray, "m n"]) -> float:
+    """Where one dictionary is larger, its latents that an assignment leaves over have no partner (-1)."""
+    if max(decoder.shape) > ASSIGNABLE:
+        return float("nan")
+    partner = {}
+    for name, cosines in (("decoder", decoder), ("encoder", encoder)):
+        rows, columns = linear_sum_assignment(cosines, maximize=True)
+        partner[name] = np.full(len(cosines), -1)
+        partner[name][rows] = columns
+    same = (partner["decoder"] == partner["encoder"]) & (partner["decoder"] >= 0)
+    return float((same & (decoder[np.arange(len(decoder)), partner["decoder"]] >= SAME)).mean())

@@ -7,10 +7,12 @@
 
 Every dictionary is judged on both models. The rule of the verdict: let `gap` be FVU(transferred) - FVU(retrained) on
 the quantized model, with a bootstrap interval over groups of windows (paired: both see the same groups), and `floor`
-how far FVU(reseeded) is from FVU(reference) on the full-precision model. **keep** when the interval's lower end does
-not clear the floor: retraining gains no more than a new seed changes. **retrain** when it does, and the retrained
-dictionary also recovers more of the model's loss (the interval of the difference in CE recovered lies above 0).
-**adapt** when the gap is real but the model's loss does not notice it: a cheap correction is enough to try first.
+how far FVU(reseeded) may be from FVU(reference) on the full-precision model: the farther end of that difference's
+interval. **keep** when the interval's lower end does not clear the floor: retraining gains no more than a new seed
+changes; and when there is no interval, because there is no second group of windows. **retrain** when it does, and
+the retrained dictionary also recovers more of the model's loss (the interval of the difference in CE recovered lies
+above 0). **adapt** when the gap is real but the model's loss does not notice it: a cheap correction is enough to try
+first.
 """
 
 from collections.abc import Mapping
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from qsae_jax.acts.tokens import Windows, check_skip
+from qsae_jax.acts.tokens import Windows, check_windows
 from qsae_jax.compare.fidelity import MEASURES, Judged, intervals, judge
 from qsae_jax.compare.match import match
 from qsae_jax.errors import UserError
@@ -64,7 +66,7 @@ def compare(
     point, scheme, mesh = check_point(lm, point), parse_scheme(scheme), mesh or make_mesh(1, 1)
     if not scheme.bits:
         raise UserError("compare at `fp`: name the scheme to compare full precision with, for example int4")
-    check_skip(windows, skip_first)
+    check_windows(windows, skip_first, lm.config.context)
     saes = {"sae": sae, "retrained": retrained} | ({"reseeded": reseeded} if reseeded else {})
     for one in saes.values():
         check_width(one, width_at(lm, point), str(point))
@@ -126,15 +128,19 @@ def verdict(judged: Mapping[str, Mapping[str, Judged]], scheme: str) -> dict[str
     there, home = judged[scheme], judged["fp"]
     gap = _difference(there["sae"], there["retrained"], "fvu")
     gain = _difference(there["retrained"], there["sae"], "ce_recovered")
-    floor = 0.0
+    floor, seed = 0.0, "no second seed was given, so that the floor is taken as 0"
     if "reseeded" in home:
-        floor = abs(_difference(home["reseeded"], home["sae"], "fvu").value)
-    seed = (
-        f"a new seed alone changes {floor:.4f}" if "reseeded" in home else "no second seed was given, floor taken as 0"
-    )
+        change = _difference(home["reseeded"], home["sae"], "fvu")
+        floor = max(abs(change.low), abs(change.high))
+        seed = f"a new seed alone changes it by {change.value:+.4f}, at most {floor:.4f}"
     said = f"On {scheme}, retraining lowers FVU by {gap.value:.4f} [{gap.low:.4f}, {gap.high:.4f}]; {seed}"
     loss = f"CE recovered changes by {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
-    if gap.low <= floor:
+    if gap.low != gap.low:
+        choice, because = (
+            "keep",
+            "one window gives no interval, so nothing speaks for a change: judge on more tokens",
+        )
+    elif not gap.low > floor:
         choice, because = "keep", "the gain does not clear what a new seed changes"
     elif gain.low > 0:
         choice, because = "retrain", "the gain clears the floor and the model's loss notices it"

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from qsae_jax.products import einsum, matmul
+
 CHUNKS = 4
 """Into how many pieces the queries are cut; piece i reads the first (i+1)/4 of the keys."""
 
@@ -34,8 +36,8 @@ def _weights(scores: Float32[Array, "*b s t"], start: int) -> Float32[Array, "*b
 def _batched(
     q: Float[Array, "b s g r k"], k: Float[Array, "b s g k"], v: Float[Array, "b s g k"]
 ) -> Float[Array, "b s g r k"]:
-    scores = jnp.einsum("bsgrk,btgk->bgrst", q, k, preferred_element_type=jnp.float32)
-    return jnp.einsum("bgrst,btgk->bsgrk", _weights(scores, 0).astype(v.dtype), v)
+    scores = einsum("bsgrk,btgk->bgrst", q, k, preferred_element_type=jnp.float32)
+    return einsum("bgrst,btgk->bsgrk", _weights(scores, 0).astype(v.dtype), v)
 
 
 def _by_group(
@@ -50,9 +52,9 @@ def _by_group(
         for start in range(0, s, chunk):
             end = min(start + chunk, s)
             rows = queries[:, start:end].reshape(r * (end - start), width)
-            scores = jnp.matmul(rows, keys[:end].T, preferred_element_type=jnp.float32)
+            scores = matmul(rows, keys[:end].T, preferred_element_type=jnp.float32)
             weights = _weights(scores.reshape(r, end - start, end), start).astype(values.dtype)
-            piece = weights.reshape(r * (end - start), end) @ values[:end]
+            piece = matmul(weights.reshape(r * (end - start), end), values[:end])
             pieces.append(piece.reshape(r, end - start, width))
         return jnp.concatenate(pieces, axis=1).transpose(1, 0, 2)
 

@@ -49,6 +49,10 @@ class GGUF:
             kind = tensor.tensor_type.name
             raise UserError(f"`{self.path}`: tensor `{name}` of type {kind} cannot be read ({error})") from error
 
+    def is_plain(self) -> bool:
+        """Whether every matrix is stored as plain floating point."""
+        return {t.tensor_type.name for t in self._tensors.values() if len(t.shape) > 1} <= {"F32", "F16", "BF16"}
+
     def stored_as(self) -> str:
         """The block types of the matrices, most frequent first: `Q4_1 (210), Q8_0 (1)`."""
         kinds = [t.tensor_type.name for t in self._tensors.values() if len(t.shape) > 1]

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from qsae_jax.lm.attend import attend
+from qsae_jax.products import einsum
 
 Tap = Callable[[str, Array], Array]
 
@@ -64,11 +65,11 @@ class Attention(nnx.Module):
         self.theta = theta
 
     def __call__(self, x: Float[Array, "b s d"], tap: Tap) -> Float[Array, "b s d"]:
-        q = tap("attn.q", jnp.einsum("bsd,dhk->bshk", x, self.q[...]))
-        k = tap("attn.k", jnp.einsum("bsd,dgk->bsgk", x, self.k[...]))
-        v = tap("attn.v", jnp.einsum("bsd,dgk->bsgk", x, self.v[...]))
+        q = tap("attn.q", einsum("bsd,dhk->bshk", x, self.q[...]))
+        k = tap("attn.k", einsum("bsd,dgk->bsgk", x, self.k[...]))
+        v = tap("attn.v", einsum("bsd,dgk->bsgk", x, self.v[...]))
         z = tap("attn.z", attend(rotary(q, self.theta), rotary(k, self.theta), v))
-        return jnp.einsum("bshk,hkd->bsd", z, self.o[...])
+        return einsum("bshk,hkd->bsd", z, self.o[...])
 
 
 class MLP(nnx.Module):
@@ -80,6 +81,6 @@ class MLP(nnx.Module):
         self.down = linear(rngs, (f, d), ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "b s d"], tap: Tap) -> Float[Array, "b s d"]:
-        pre = tap("mlp.pre", jnp.einsum("bsd,df->bsf", x, self.gate[...]))
-        post = tap("mlp.post", jax.nn.silu(pre) * jnp.einsum("bsd,df->bsf", x, self.up[...]))
-        return jnp.einsum("bsf,fd->bsd", post, self.down[...])
+        pre = tap("mlp.pre", einsum("bsd,df->bsf", x, self.gate[...]))
+        post = tap("mlp.post", jax.nn.silu(pre) * einsum("bsd,df->bsf", x, self.up[...]))
+        return einsum("bsf,fd->bsd", post, self.down[...])

@@ -24,10 +24,10 @@ from qsae_jax.lm.families import EXPORT, GGML, HUB, Family
 from qsae_jax.lm.gguf import GGUF
 from qsae_jax.lm.model import LM, LMConfig
 from qsae_jax.lm.sources import fetch
+from qsae_jax.lm.tokenizer import TextTokenizer
 from qsae_jax.mesh import make_mesh, shardings
 
 Reader = Callable[[str], np.ndarray]
-SHARD_BYTES = 4 << 30
 
 
 def load_lm(source: str, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> LM:
@@ -41,9 +41,11 @@ def load_lm(source: str, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> 
 
 
 def stored_as(source: str) -> str | None:
-    """What a packed file holds its weights as (`GGUF blocks of type Q4_1 (210), Q8_0 (1)`), None for plain floating point."""
+    """What a packed file holds its weights as (`GGUF blocks of type Q4_1 (210), Q8_0 (1)`); None where they are plain
+    floating point."""
     path = fetch(source)
-    return None if path.is_dir() else f"GGUF blocks of type {GGUF(path).stored_as()}"
+    file = None if path.is_dir() else GGUF(path)
+    return f"GGUF blocks of type {file.stored_as()}" if file and not file.is_plain() else None
 
 
 def _open_gguf(path: Path) -> tuple[LMConfig, Family, list[str], Reader]:
@@ -145,7 +147,7 @@ def _fill(config: LMConfig, table: dict[str, tuple[str, str]], read: Reader, dty
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def _sizes(layout: str, config: LMConfig, shape: tuple[int, ...]) -> dict[str, int]:
+def _sizes(layout: str, config: LMConfig) -> dict[str, int]:
     """What einops cannot infer: the head width, or half of it."""
     if "half" in layout:
         return {"two": 2, "half": config.head_dim // 2}
@@ -156,7 +158,7 @@ def _rearranged(
     value: np.ndarray, name: str, layout: str, shape: tuple[int, ...], config: LMConfig, path: str
 ) -> np.ndarray:
     try:
-        value = rearrange(value, layout, **_sizes(layout, config, shape))
+        value = rearrange(value, layout, **_sizes(layout, config))
     except EinopsError as error:
         raise UserError(
             f"`{path}`: tensor `{name}` has shape {value.shape}, not `{layout}`: check the config"
@@ -172,12 +174,16 @@ def _rearranged(
     return value
 
 
-def save_lm(lm: LM, folder: Path, extra: Mapping[str, Any] | None = None) -> None:
-    """Write the model as a Hugging Face folder (`config.json`, safetensors), whole or not at all. `extra` goes into
-    the file's metadata, where transformers ignores it."""
+def save_lm(
+    lm: LM, folder: Path, extra: Mapping[str, Any] | None = None, tokenizer: TextTokenizer | None = None
+) -> None:
+    """Write the model (and its tokenizer) as a Hugging Face folder, whole or not at all. `extra` goes into the
+    weights file's metadata, where transformers ignores it."""
     from safetensors.numpy import save_file
 
     config = EXPORT[lm.config.family](lm.config) | {"dtype": lm.embed[...].dtype.name}
+    # Written even when there are none: transformers would take Llama's 1 and 2.
+    config |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos")}
     rows = {ours: (regex, layout) for regex, ours, layout in HUB[lm.config.family].rows}
     tensors = {}
     for key, variable in nnx.to_flat_state(nnx.state(lm)):
@@ -194,3 +200,5 @@ def save_lm(lm: LM, folder: Path, extra: Mapping[str, Any] | None = None) -> Non
     with staged(folder) as draft:
         (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"} | notes)
+        if tokenizer:
+            tokenizer.save(draft)

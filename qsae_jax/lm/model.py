@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from qsae_jax.lm.layers import MLP, Attention, RMSNorm, Tap
+from qsae_jax.products import einsum
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class LM(nnx.Module):
     def unembed(self, x: Float[Array, "*b d"]) -> Float32[Array, "*b vocab"]:
         """Logits. A tied head is the embedding itself, used and not shared, so the tree has no shared leaves."""
         head = self.embed if self.config.tied else self.head
-        return jnp.einsum("...d,vd->...v", x, head[...], preferred_element_type=jnp.float32)
+        return einsum("...d,vd->...v", x, head[...], preferred_element_type=jnp.float32)
 
     def __call__(self, tokens: Int[Array, "b s"], tap: Tap = identity) -> Float32[Array, "b s vocab"]:
         return self.unembed(self.hidden(tokens, tap))

@@ -85,12 +85,14 @@ def activations(lm: LM, wanted: tuple[Point, ...], tokens: Int[Array, "b s"]) ->
 
 
 def capture(lm: LM, where: str | Point | Iterable[str | Point]) -> Callable[[Int[Array, "b s"]], Array | dict]:
-    """A function from tokens `[b, s]` to the activations at one point `[b, s, ...]`, or to a dict for several."""
+    """A function from tokens `[b, s]` to the activations at one point `[b, s, ...]`, or to a dict for several,
+    with the names that were given."""
     if isinstance(where, str | Point):
         one = check_point(lm, where)
         return lambda tokens: activations(lm, (one,), tokens)[0]
-    many = tuple(check_point(lm, point) for point in where)
-    return lambda tokens: dict(zip(many, activations(lm, many, tokens), strict=True))
+    names = tuple(where)
+    many = tuple(check_point(lm, point) for point in names)
+    return lambda tokens: dict(zip(names, activations(lm, many, tokens), strict=True))
 
 
 def width_at(lm: LM, point: Point) -> int:

@@ -36,6 +36,8 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.bits not in (0, *range(2, 9)) or self.group < -1 or not 0 <= self.draw < 2**31:
             raise UserError(f"no such scheme: {self.bits} bits, group {self.group}, draw {self.draw}; `qsae schemes`")
+        if (self.draw and not self.noise) or (self.noise and not self.bits):
+            raise UserError("no such scheme: a draw needs noise, and noise needs bits")
         if self.convention not in (*SYMMETRIC, "asym"):
             raise UserError(f"scheme: unknown convention `{self.convention}`{nearest(self.convention, SYMMETRIC)}")
 

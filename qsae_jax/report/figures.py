@@ -65,6 +65,8 @@ def bands(rows: Sequence[dict[str, Any]]) -> str:
                     dark = "white" if name != "blurred" else "black"
                     ax.text(start + x / 2, i, f"{100 * x:.0f} %", ha="center", va="center", color=dark, fontsize=10)
             left += share
+        for i in np.flatnonzero(left == 0):
+            ax.text(0.01, float(i), "no active feature", va="center", fontsize=10)
         ax.set_yticks(range(len(rows)), [row["scheme"] for row in rows])
         ax.set(xlim=(0, 1), xlabel="share of active features")
         ax.xaxis.set_major_formatter(PercentFormatter(1))
@@ -82,10 +84,18 @@ def perplexity(rows: Sequence[dict[str, Any]]) -> str:
             (right, "survived", "features that no longer survive", RED, lambda x: f"{100 * x:.1f} %"),
         )
         for ax, key, label, colour, text in panels:
-            values = [(row[key] or 0.0) if key == "delta_ppl" else 1 - (row[key] or 0.0) for row in rows]
-            ax.barh(range(len(rows)), values, color=colour, height=0.6)
+            given = [np.nan if row[key] is None else row[key] for row in rows]
+            values = [x if key == "delta_ppl" else 1 - x for x in given]
+            ax.barh(range(len(rows)), np.nan_to_num(values), color=colour, height=0.6)
             for i, x in enumerate(values):
-                ax.annotate(text(x), (max(x, 0), i), (4, 0), textcoords="offset points", va="center", fontsize=10)
+                ax.annotate(
+                    "–" if np.isnan(x) else text(x),
+                    (max(np.nan_to_num(x), 0), i),
+                    (4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=10,
+                )
             ax.set_title(label)
             ax.xaxis.set_major_formatter(PercentFormatter(1))
             ax.margins(x=0.18)

@@ -131,7 +131,8 @@ def sentences(results: Results) -> list[str]:
 
 
 def _missed(rows: list[dict[str, Any]]) -> str:
-    quiet = [row for row in rows if abs(row["delta_ppl"]) < 0.02 and row["survived"] < 0.95]
+    real = [row for row in rows if "@" not in row["scheme"] and row["delta_ppl"] is not None]
+    quiet = [row for row in real if abs(row["delta_ppl"]) < 0.02 and row["survived"] < 0.95]
     if not quiet:
         return ""
     row = min(quiet, key=lambda row: row["survived"])

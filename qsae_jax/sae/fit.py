@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from qsae_jax.acts.stream import ActivationStream
 from qsae_jax.config import as_tables
@@ -51,12 +53,15 @@ def fit(
     settings = _settings(stream, jobs, config, tokens)
     make_folder(folder)
     with Steps(folder / "steps") as kept:
+        first = stream.first(FIRST_ROWS)
+        settings |= {f"activations of {name}": f"{float(jnp.linalg.norm(x)):.3g}" for name, x in first.items()}
+        if kept.latest is not None:
+            _same(settings, folder)
+        states, stream.taken = _begin(first, stream, jobs, config, steps), 0
         if kept.latest is None:
             write_json(folder / SETTINGS, settings)
+            _forget_logs(folder, jobs)
         else:
-            _same(settings, folder)
-        states, stream.taken = _begin(stream, jobs, config, steps), 0
-        if kept.latest is not None:
             states, plain = kept.load(states)
             stream.taken = int(plain["taken"])
         states = _run(stream, jobs, config, steps, states, kept, folder)
@@ -87,8 +92,16 @@ def _same(settings: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _begin(stream: ActivationStream, jobs: Mapping[str, Job], config: SAEConfig, steps: int) -> dict[str, TrainState]:
-    first = stream.first(FIRST_ROWS)
+def _forget_logs(folder: Path, jobs: Mapping[str, Job]) -> None:
+    """Logs of an earlier training in this folder would be told beside this one's."""
+    for path in folder.glob("*.jsonl"):
+        if path.stem not in jobs:
+            path.unlink()
+
+
+def _begin(
+    first: Mapping[str, Array], stream: ActivationStream, jobs: Mapping[str, Job], config: SAEConfig, steps: int
+) -> dict[str, TrainState]:
     if unknown := sorted({job.twin for job in jobs.values()} - set(first)):
         raise UserError(f"no activations of `{unknown[0]}` in the stream; it has {', '.join(first)}")
     width = next(iter(first.values())).shape[-1]
@@ -115,20 +128,28 @@ def _run(
         began, at = time.monotonic(), done
         while done < steps:
             batch = next(stream)
+            metrics = {}
             for name, job in jobs.items():
-                states[name], metrics = step(states[name], batch[job.twin])
-                if (done + 1) % LOG_EVERY == 0 or done + 1 == steps:
-                    speed = (done + 1 - at) * stream.batch / (time.monotonic() - began)
-                    figures = logs[name].write((done + 1) * stream.batch, metrics, speed)
-                    advance(0, **figures)
+                states[name], metrics[name] = step(states[name], batch[job.twin])
             done += 1
-            advance(stream.batch)
+            figures = {}
+            if done % LOG_EVERY == 0 or done == steps:
+                speed = (done - at) * stream.batch / (time.monotonic() - began)
+                written = {name: logs[name].write(done * stream.batch, got, speed) for name, got in metrics.items()}
+                figures = _shown(written) | {"tokens/s": speed}
+            advance(stream.batch, **figures)
             if stopped() or (time.monotonic() - last > KEEP_EVERY_S and done < steps):
                 kept.save(done, states, {"taken": float(stream.taken)})
                 last = time.monotonic()
-            if stopped() and done < steps:
+            if stopped():
                 raise Interrupted(f"stopped after {done} of {steps} steps, which are kept: the same command goes on")
     return states
+
+
+def _shown(written: Mapping[str, dict[str, float]]) -> dict[str, float]:
+    """What a bar says of all jobs: each one's FVU, and the means of L0 and of the share of dead latents."""
+    means = {key: sum(one[key] for one in written.values()) / len(written) for key in ("l0", "dead")}
+    return {f"fvu {name}": one["fvu"] for name, one in written.items()} | means
 
 
 class Log:
@@ -146,4 +167,4 @@ class Log:
         line = {"tokens": tokens, "loss": float(got.loss), **figures, "tokens_per_s": round(speed, 1)}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        return figures | {"tokens/s": speed}
+        return figures

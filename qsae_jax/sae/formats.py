@@ -20,6 +20,7 @@ from qsae_jax.sae.model import SAE
 from qsae_jax.sae.sparsity import ReLU, TopK
 
 WEIGHTS = "sae_weights.safetensors"
+FILES = ("cfg.json", WEIGHTS)
 VERSION = "6.0.0"
 """Of the format that is written. Without it SAELens takes a cfg.json for an older one and drops the metadata."""
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -93,9 +94,9 @@ def _check(folder: Path, arrays: dict[str, np.ndarray], cfg: dict[str, Any]) -> 
             )
         if not np.isfinite(arrays[name]).all():
             raise UserError(f"`{folder}`: {name} holds NaN or infinite values: train the dictionary again")
-    if cfg.get("architecture") == "topk" and not (
-        isinstance(cfg.get("k"), int) and 0 < cfg["k"] <= arrays["b_enc"].size
-    ):
+    if not isinstance(cfg.get("apply_b_dec_to_input", True), bool):
+        raise UserError(f"`{folder}`: apply_b_dec_to_input is {cfg['apply_b_dec_to_input']!r}: write true or false")
+    if cfg.get("architecture") == "topk" and not (type(cfg.get("k")) is int and 0 < cfg["k"] <= arrays["b_enc"].size):
         raise UserError(f"`{folder}`: cfg.json has k {cfg.get('k')!r}, expected a whole number up to {m}: correct it")
 
 

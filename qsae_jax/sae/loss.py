@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from qsae_jax.products import matmul
 from qsae_jax.sae.model import SAE
 from qsae_jax.sae.sparse import decode_rows, encode_rows
 from qsae_jax.sae.sparsity import ReLU, TopK, top_k
@@ -32,7 +33,7 @@ def topk_pass(sae: SAE, x: Float[Array, "b d"]) -> Passed:
     still, W_enc, b_dec = jax.lax.stop_gradient, sae.W_enc[...], sae.b_dec[...]
     # b_dec is taken off every row alike, so its gradient through the encoder is that of a bias moved by -b_dec W_enc:
     # one product for the batch, where the gradient of each row's input would gather k rows of W_enc for each.
-    bias = sae.b_enc[...] - (b_dec - still(b_dec)) @ still(W_enc) if sae.centred else sae.b_enc[...]
+    bias = sae.b_enc[...] - matmul(b_dec - still(b_dec), still(W_enc)) if sae.centred else sae.b_enc[...]
     read = still(x - b_dec[None]) if sae.centred else x
     values, rows = encode_rows(read, W_enc, bias, sae.sparsity.k)
     error = x - decode_rows(values, rows, sae.W_dec[...]) - b_dec[None]
@@ -46,7 +47,7 @@ def dense_pass(sae: SAE, x: Float[Array, "b d"]) -> Passed:
     moving scale from the codes into the decoder."""
     codes = sae.encode(x)
     norms = jnp.linalg.norm(sae.W_dec[...], axis=-1)
-    penalty = jnp.mean(codes @ norms) if isinstance(sae.sparsity, ReLU) else jnp.zeros(())
+    penalty = jnp.mean(matmul(codes, norms)) if isinstance(sae.sparsity, ReLU) else jnp.zeros(())
     return Passed(x - sae.decode(codes), penalty, jnp.sum(codes > 0, axis=0).astype(x.dtype))
 
 
@@ -65,4 +66,4 @@ def auxk(sae: SAE, x: Float[Array, "b d"], error: Float[Array, "b d"], dead: Boo
     lowest = top_k(pre, k)[0][:, -1:]
     codes = jnp.where((pre >= lowest) & dead[None, :], jax.nn.relu(pre), 0)
     spread = jnp.sum((residual - jnp.mean(residual, axis=0, keepdims=True)) ** 2)
-    return jnp.sum((residual - codes @ sae.W_dec[...]) ** 2) / jnp.maximum(spread, 1e-12)
+    return jnp.sum((residual - matmul(codes, sae.W_dec[...])) ** 2) / jnp.maximum(spread, 1e-12)

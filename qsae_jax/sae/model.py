@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from qsae_jax.errors import UserError
+from qsae_jax.products import einsum
 from qsae_jax.sae.sparsity import Sparsity
 
 
@@ -46,7 +47,7 @@ class SAE(nnx.Module):
         """Pre-activations."""
         x = x.astype(jnp.float32)
         centred = x - _along(self.b_dec[...], x) if self.centred else x
-        z = jnp.einsum("...d,dm->...m", centred, self.W_enc[...])
+        z = einsum("...d,dm->...m", centred, self.W_enc[...])
         return z + _along(self.b_enc[...], z)
 
     def encode(self, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
@@ -55,7 +56,7 @@ class SAE(nnx.Module):
 
     def decode(self, codes: Float[Array, "*b m"]) -> Float[Array, "*b d"]:
         """The reconstruction."""
-        x = jnp.einsum("...m,md->...d", codes, self.W_dec[...])
+        x = einsum("...m,md->...d", codes, self.W_dec[...])
         return x + _along(self.b_dec[...], x)
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:

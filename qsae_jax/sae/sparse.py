@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qsae_jax.products import matmul
 from qsae_jax.sae.sparsity import top_k
 
 
@@ -24,7 +25,7 @@ def _scatter(rows: Int[Array, "b k"], weights: Float[Array, "b k"], x: Float[Arr
 
 
 def _top_rows(x: Array, W_enc: Array, b_enc: Array, k: int) -> tuple[Array, Array]:
-    values, rows = top_k(x @ W_enc + b_enc[None, :], k)
+    values, rows = top_k(matmul(x, W_enc) + b_enc[None, :], k)
     return jax.nn.relu(values), rows
 
 

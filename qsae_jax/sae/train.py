@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from qsae_jax.config import check_at_least
 from qsae_jax.errors import UserError, nearest
 from qsae_jax.mesh import born, kept
+from qsae_jax.products import matmul
 from qsae_jax.sae.loss import auxk, dense_pass, mse, topk_pass
 from qsae_jax.sae.model import SAE, init_sae
 from qsae_jax.sae.sparsity import ReLU, Sparsity, TopK
@@ -61,6 +62,8 @@ class SAEConfig:
                 f"sae.sparsity `{self.sparsity}` is unknown{nearest(self.sparsity, SPARSITIES)}; possible: {known}"
             )
         check_at_least(self, "sae.", k=1, expansion=1, l1=0, lr=0, warmup=0, decay=0, aux=0, k_aux=0, dead_after=1)
+        if self.warmup + self.decay > 1:
+            raise UserError(f"sae.warmup {self.warmup} and sae.decay {self.decay} are shares of the steps: at most 1")
 
     def make_sparsity(self) -> Sparsity:
         return TopK(self.k) if self.sparsity == "topk" else ReLU()
@@ -96,7 +99,7 @@ def geometric_median(x: Float[Array, "n d"], rounds: int = 32) -> Float[Array, "
 
     def closer(_: int, centre: Array) -> Array:
         weight = 1.0 / jnp.maximum(jnp.linalg.norm(x - centre[None], axis=-1), 1e-8)
-        return (weight / jnp.sum(weight)) @ x
+        return matmul(weight / jnp.sum(weight), x)
 
     return jax.lax.fori_loop(0, rounds, closer, jnp.mean(x, axis=0))
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from qsae_jax.acts.tokens import Windows, check_skip, counted_rows, in_order, load_windows, shuffled, stdlib_docs
+from qsae_jax.acts.tokens import Windows, check_windows, counted_rows, in_order, load_windows, shuffled, stdlib_docs
 from qsae_jax.errors import UserError
 from qsae_jax.lm.tokenizer import TextTokenizer
 
@@ -165,9 +165,9 @@ def test_counted_rows_are_chosen_by_position(skip):
 @pytest.mark.parametrize("skip", [-1, 4])
 def test_a_skip_that_leaves_nothing_is_refused(skip):
     windows = Windows(np.zeros((2, 4), np.int32), "made", bos=False)
-    check_skip(windows, 3)
+    check_windows(windows, 3, windows.seq)
     with pytest.raises(UserError, match=f"--skip-first {skip} does not fit windows of 4: give 0 to 3"):
-        check_skip(windows, skip)
+        check_windows(windows, skip, windows.seq)
 
 
 def test_every_epoch_is_shuffled_anew():

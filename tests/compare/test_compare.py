@@ -117,3 +117,10 @@ def test_the_verdict(transferred, retrained, choice):
 def test_without_a_second_seed_the_floor_is_none():
     got = verdict({"fp": {"sae": judged(0.3, 1)}, "s": {"sae": judged(0.33, 1), "retrained": judged(0.3, 1)}}, "s")
     assert got["floor"] == 0 and got["choice"] == "adapt" and "no second seed" in got["reason"]
+
+
+def test_one_window_gives_no_interval_and_so_no_change():
+    """A gap of 0.15 from a single group of windows: nothing tells it from chance."""
+    there = {"sae": judged(0.45, 1.0, groups=1), "retrained": judged(0.30, 0.5, groups=1)}
+    got = verdict({"fp": {"sae": judged(0.3, 1.0, groups=1)}, "s": there}, "s")
+    assert got["choice"] == "keep" and "no interval" in got["reason"] and np.isnan(got["interval"][0])

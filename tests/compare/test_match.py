@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from qsae_jax.compare.match import match, matched
+from qsae_jax.compare.match import assigned, match, matched
 from qsae_jax.sae.model import SAE
 from qsae_jax.sae.sparsity import TopK
 
@@ -28,6 +28,26 @@ def test_the_figures_are_those_of_all_permutations(seed):
     base = np.eye(6)[rng.permutation(6)]
     decoder, encoder = (np.clip(base + rng.normal(0, 0.35, (6, 6)), -1, 1) for _ in range(2))
     assert matched(decoder, encoder) == pytest.approx(slow(decoder, encoder))
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (5, 6)])
+def test_dictionaries_of_two_sizes(shape):
+    """Latents left over have no partner: against all injections of the smaller into the larger; the cosines of
+    encoder and decoder drop different rows."""
+    rng = np.random.default_rng(3)
+    shared = np.eye(*shape)
+    decoder, encoder = (np.clip(shared + rng.normal(0, 0.3, shape), -1, 1) for _ in range(2))
+
+    def best(c):
+        c = c if shape[0] <= shape[1] else c.T
+        rows = max(
+            itertools.permutations(range(c.shape[1]), len(c)), key=lambda p: sum(c[i][j] for i, j in enumerate(p))
+        )
+        return {(i, j) if shape[0] <= shape[1] else (j, i) for i, j in enumerate(rows)}
+
+    same = [pair for pair in best(decoder) & best(encoder) if decoder[pair] >= 0.7]
+    assert assigned(decoder, encoder) == pytest.approx(len(same) / shape[0])
+    assert len(best(decoder) & best(encoder)) > 2
 
 
 def dictionary(W_dec):

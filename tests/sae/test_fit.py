@@ -117,10 +117,13 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, params, train, da
     resumed = train(tmp_path / "run", data, model, jobs=jobs)
     assert all(same_bits(params, resumed, whole).values())
     assert logs(tmp_path / "run", jobs) == lines
-    with pytest.raises(UserError, match=r"other settings \(seed\)"):
+    with pytest.raises(UserError, match=r"other settings \(activations of fp, .*seed\)"):
         train(tmp_path / "other", data, model, seed=1, jobs=jobs)
     settings = tmp_path / "other" / fitting.SETTINGS
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"seed": 1}))
+    (tmp_path / "seed 1").mkdir()
+    with pytest.raises(Interrupted):
+        train(tmp_path / "seed 1", data, model, stop=stops[0], seed=1, jobs=jobs)
+    shutil.copy(tmp_path / "seed 1" / fitting.SETTINGS, settings)
     assert not any(same_bits(params, train(tmp_path / "other", data, model, seed=1, jobs=jobs), whole).values())
 
 
