@@ -121,11 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _no_memory(error):
             raise
-        return _told("qsae: not enough memory on the device: lower --batch, or use a larger --mesh", 2, argv)
+        return _told(
+            "qsae: not enough memory: lower --batch or the size of the dictionary, or use a larger --mesh", 2, argv
+        )
 
 
 def _no_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    said = str(error)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said or "Out of memory" in said
 
 
 def _check_verb(argv: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Frozen dataclasses <-> TOML and `--set key=value`. Unknown keys refuse, with the nearest names."""
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -73,6 +74,8 @@ def _scalar(hint: type, value: Any, name: str) -> Any:
             value = float(value)
     except (KeyError, ValueError):
         value = None if hint is not str else value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"key `{name}` is {value}: give a finite number")
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         raise UserError(f"key `{name}` does not hold {hint.__name__}: correct its value")
     return value
@@ -95,11 +98,15 @@ def with_settings(tables: dict[str, Any], settings: typing.Sequence[str]) -> dic
     return merged
 
 
+LARGEST = 2**31 - 1
+"""What a 32-bit number holds."""
+
+
 def check_at_least(config: Any, where: str, **least: float) -> None:
-    """Refuse a number below its least possible value."""
+    """Refuse a number below its least possible value, or one that 32 bits do not hold."""
     for name, low in least.items():
-        if not (value := getattr(config, name)) >= low:
-            raise UserError(f"key `{where}{name}` is {value}: give at least {low}")
+        if not low <= (value := getattr(config, name)) <= LARGEST:
+            raise UserError(f"key `{where}{name}` is {value}: give {low} to {LARGEST}")
 
 
 def as_tables(config: Any) -> dict[str, Any]:

@@ -25,6 +25,8 @@ class TokensConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, "tokens.", seq=2, skip_first=0, audit=1, compare=1)
+        if self.compare > self.audit:
+            raise UserError(f"key `tokens.compare` is {self.compare}: give at most tokens.audit, {self.audit}")
 
 
 @dataclass(frozen=True)

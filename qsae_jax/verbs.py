@@ -10,12 +10,13 @@ from qsae_jax.compare.transfer import compare as run_compare
 from qsae_jax.config import build, with_settings
 from qsae_jax.errors import UserError
 from qsae_jax.files import make_folder, read_json, write_json
-from qsae_jax.lm.load import load_lm, save_lm
+from qsae_jax.lm.load import load_lm, save_lm, stored_as
 from qsae_jax.lm.model import LM, count_parameters
-from qsae_jax.lm.tap import check_point
+from qsae_jax.lm.tap import Point, check_point
 from qsae_jax.lm.tap import points as points_of
 from qsae_jax.lm.tokenizer import load_tokenizer
 from qsae_jax.mesh import parse_mesh
+from qsae_jax.quant import grid
 from qsae_jax.quant import scheme as scheme_names
 from qsae_jax.quant.fake import fake_quantize, weight_errors
 from qsae_jax.quant.scheme import EXAMPLES, parse_scheme, parse_schemes
@@ -42,8 +43,9 @@ def audit(given: Namespace, command: str) -> None:
     out, names = make_folder(Path(given.out)), parse_schemes(given.schemes)
     mesh = parse_mesh(given.mesh)
     stored = load_stored(given.sae, mesh)
+    point = _point(given, stored)
     lm = load_lm(given.model, mesh=mesh)
-    windows, point = _windows(given, lm), _point(given, stored)
+    windows = _windows(given, lm)
     notes = _notes(given, windows, point, {given.sae: (stored, "fp")})
     facts = {"model": given.model, "sae": given.sae, "notes": notes}
     judged = run_audit(lm, stored.sae, windows, names, point, skip_first=given.skip_first,
@@ -83,10 +85,13 @@ def compare(given: Namespace, command: str) -> None:
     if more:
         raise UserError(f"compare takes one scheme, `{given.schemes}` names {len(more) + 1}: run it once for each")
     mesh = parse_mesh(given.mesh)
+    if Path(given.sae).resolve() == Path(given.retrained).resolve():
+        raise UserError(f"--sae and --retrained are both `{given.sae}`: give two dictionaries")
     folders = {"sae": given.sae, "retrained": given.retrained, "reseeded": given.reseeded}
     stored = {name: load_stored(folder, mesh) for name, folder in folders.items() if folder}
+    point = _point(given, stored["sae"])
     lm = load_lm(given.model, mesh=mesh)
-    windows, point = _windows(given, lm), _point(given, stored["sae"])
+    windows = _windows(given, lm)
     wanted = {"sae": "fp", "retrained": str(scheme), "reseeded": "fp"}
     notes = _notes(given, windows, point, {folders[name]: (one, wanted[name]) for name, one in stored.items()})
     facts = {"model": given.model, "notes": notes} | folders
@@ -102,8 +107,8 @@ def compare(given: Namespace, command: str) -> None:
 def quantize(given: Namespace, command: str) -> None:
     scheme = parse_scheme(given.scheme)
     out = Path(given.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"`{out}` is there already and not an empty folder: choose another --out")
+    if out.resolve() == Path.cwd() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise UserError(f"`{out}` is there already and not a new or empty folder: choose another --out")
     lm = load_lm(given.model)
     twin = fake_quantize(lm, scheme)
     try:
@@ -111,7 +116,9 @@ def quantize(given: Namespace, command: str) -> None:
     except UserError as error:
         tokenizer = None
         print(f"without a tokenizer: {error}")
-    save_lm(twin, out, {"qsae_jax": scheme, "source": given.model}, tokenizer)
+    before = stored_as(given.model)
+    said = f"{scheme}, written by qsae quantize from {given.model}" + (f": {before}" if before else "")
+    save_lm(twin, out, {"qsae_jax": said}, tokenizer)
     print(f"{out}: {scheme}, relative weight error {weight_errors(lm, twin)['all']:.5f}")
 
 
@@ -121,6 +128,7 @@ def report(given: Namespace, command: str) -> None:
 
 def schemes(given: Namespace, command: str) -> None:
     print((scheme_names.__doc__ or "").split("\n\n", 1)[1])
+    print((grid.__doc__ or "").split("\n\n", 1)[1] + "\n")
     print("examples: " + " ".join(EXAMPLES))
 
 
@@ -154,9 +162,9 @@ def _windows(given: Namespace, lm: LM) -> Windows:
 
 def _point(given: Namespace, stored: Stored) -> str:
     point = given.point or stored.metadata.get("hook_name")
-    if not point:
+    if not isinstance(point, str):
         raise UserError("the dictionary's file names no hook: give --point, for example blocks.8.resid_post")
-    return point
+    return str(Point.parse(point))
 
 
 def _notes(given: Namespace, windows: Windows, point: str, used: dict[str, tuple[Stored, str]]) -> list[str]:
@@ -165,7 +173,7 @@ def _notes(given: Namespace, windows: Windows, point: str, used: dict[str, tuple
     notes = notes_on(given.model)
     for folder, (stored, scheme) in used.items():
         facts, said = stored.metadata, []
-        if (hook := facts.get("hook_name")) and hook.replace("hook_", "") != point.replace("hook_", ""):
+        if isinstance(hook := facts.get("hook_name"), str) and hook.replace("hook_", "") != point.replace("hook_", ""):
             said.append(f"was trained at {hook}, not at {point}")
         if (learnt := facts.get("quantization")) and learnt != scheme:
             said.append(f"was trained on activations of {learnt}, not of {scheme}")

@@ -135,6 +135,59 @@ def test_a_number_out_of_range_gives_one_line(change, inputs, capsys, tmp_path):
     refused(words("audit", inputs | {"--tokens": f"text:{tmp_path}/some.txt", "--seq": "16"} | change), capsys)
 
 
+@pytest.mark.parametrize(
+    "setting, named",
+    [
+        ("sae.lr=inf", "finite"),
+        ("sae.lr=1e30", "diverged"),
+        ("sae.sparsity=topkk", "topk"),
+        ("train.seed=99999999999", "train.seed"),
+        ("sae.warmup=0.9", "sae.warmup"),
+        ("sae.k=0", "sae.k"),
+    ],
+)
+def test_a_training_that_cannot_be_gives_one_line(setting, named, inputs, tmp_path, capsys):
+    given = {key: inputs[key] for key in ("--model", "--tokens", "--out")} | {"--point": POINT}
+    more = ("train.tokens=240", "train.batch=40", "sae.expansion=2", *(() if "sae.k=" in setting else ("sae.k=4",)))
+    argv = [*words("train", given), *(w for s in (*more, setting) for w in ("--set", s))]
+    assert main(argv) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qsae: ")]
+    assert len(told) == 1 and named in told[0], told
+    assert not (tmp_path / "out" / "saes").exists()
+
+
+@pytest.mark.parametrize("change", [{"--mesh": "0x0"}, {"--limit": "3"}, {"--seq": "100"}, {"--schemes": "fp"}])
+def test_what_does_not_fit_the_model_gives_one_line(change, inputs, capsys, tmp_path):
+    (tmp_path / "some.txt").write_text("words " * 100)
+    told = refused(words("audit", inputs | {"--tokens": f"text:{tmp_path}/some.txt", "--seq": "16"} | change), capsys)
+    assert next(iter(change.values())) in told
+
+
+def test_a_quantized_folder_says_what_it_is(inputs, tmp_path, capsys):
+    """Its page cannot call int4 weights full precision without a word."""
+    out = tmp_path / "int4"
+    assert main(["quantize", "--model", inputs["--model"], "--scheme", "int4", "--out", str(out)]) == 0
+    assert main(words("audit", inputs | {"--model": str(out), "--schemes": "int8"})) == 0
+    assert main(words("audit", inputs | {"--out": str(tmp_path / "plain"), "--schemes": "int8"})) == 0
+    notes = [json.loads((tmp_path / name / "audit.json").read_text())["notes"] for name in ("out", "plain")]
+    assert any("int4, written by qsae quantize" in note for note in notes[0]) and notes[1] == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_an_audit_ends_with_130(inputs, tmp_path, tiny_windows):
+    """Interrupted among its batches: no crash of the interpreter, nothing written."""
+    np.save(tmp_path / "tokens.npy", tiny_windows(200_000).ids)
+    command = [sys.executable, "-m", "qsae_jax", *words("audit", inputs | {"--batch": "8"})]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    ) as going:
+        assert going.stderr and "audit:" in going.stderr.readline()  # the first line of progress, after 20 seconds
+        going.send_signal(signal.SIGINT)
+        told = going.stderr.read()
+    assert going.returncode == 130 and "audit stopped" in told and "Traceback" not in told
+    assert os.listdir(tmp_path / "out") == []
+
+
 def test_debug_shows_the_traceback(capsys):
     assert main(["adit", "--debug"]) == 2
     told = capsys.readouterr().err

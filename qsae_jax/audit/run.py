@@ -1,10 +1,11 @@
 """The audit: one pass over the tokens for all twins, then `audit.json` and `features.parquet`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,12 +15,12 @@ from jaxtyping import Array, Int
 from qsae_jax.acts.tokens import Windows, check_windows, counted_rows, in_order, windows_per_forward
 from qsae_jax.audit.perplexity import Losses
 from qsae_jax.audit.survival import Survival
-from qsae_jax.errors import UserError
+from qsae_jax.errors import Interrupted, UserError
 from qsae_jax.files import staged_file, write_json
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import FINAL, Point, activations, check_point, width_at
 from qsae_jax.mesh import make_mesh, on_data
-from qsae_jax.progress import progress
+from qsae_jax.progress import progress, stop_signal
 from qsae_jax.quant.fake import fake_quantize, weight_errors
 from qsae_jax.quant.scheme import Scheme, parse_scheme
 from qsae_jax.sae.model import SAE, check_width
@@ -63,9 +64,9 @@ def audit(
     twins = {"fp": lm} | {name: fake_quantize(lm, scheme) for name, scheme in named.items()}
     errors = {name: weight_errors(lm, twins[name])["all"] for name in named}
     survival, losses = Survival(sae, list(twins)), Losses(list(twins))
-    with progress("audit", len(windows) * windows.seq) as advance:
+    with progress("audit", len(windows) * windows.seq) as advance, stop_signal() as stopped:
         for ids, weight in in_order(windows, windows_per_forward(batch, windows, mesh)):
-            _batch(twins, point, on_data(ids, mesh), weight, survival, losses, skip_first)
+            _batch(twins, point, on_data(ids, mesh), weight, survival, losses, skip_first, stopped)
             advance(int(weight.sum()) * windows.seq, ppl=losses.perplexity("fp"))
     return _result(survival, losses, errors, point, windows, skip_first, dict(facts or {}))
 
@@ -78,10 +79,14 @@ def _batch(
     survival: Survival,
     losses: Losses,
     skip_first: int,
+    stopped: Callable[[], bool],
 ) -> None:
     acts, finals = {}, []
     for name, twin in twins.items():
-        x, final = activations(twin, (point, FINAL), tokens)
+        # Waited for: an interpreter that leaves while the device still works ends in a crash.
+        x, final = jax.block_until_ready(activations(twin, (point, FINAL), tokens))
+        if stopped():
+            raise Interrupted("audit stopped; nothing is written, the same command begins it again")
         acts[name] = counted_rows(x, skip_first)
         finals.append(final)
     survival.add(acts, np.repeat(weight, tokens.shape[1] - skip_first))

@@ -6,7 +6,7 @@ KL(clean || spliced) (SAEBench's core evaluation, zero ablation). Reconstruction
 positions; positions that statistics leave out keep their own activations.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from qsae_jax.acts.tokens import Windows, counted_rows, in_order, windows_per_forward
+from qsae_jax.errors import Interrupted
 from qsae_jax.lm.loss import token_losses
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import FINAL, Point, activations, resume
@@ -81,6 +82,7 @@ def judge(
     skip_first: int = 1,
     batch: int = 0,
     advance: Advance | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Judged]:
     """Every dictionary on one model's activations, and spliced back into it, in one pass over the windows."""
     judged = {name: Judged() for name in dictionaries}
@@ -92,7 +94,11 @@ def judge(
         shift = jnp.mean(counted_rows(x, skip_first).astype(jnp.float32), axis=0) if shift is None else shift
         zeros = jnp.where(skip.reshape((1, -1) + (1,) * (x.ndim - 2)) > 0, x, 0)
         spliced = {name: splice(sae, x, skip) for name, sae in dictionaries.items()}
-        finals = [clean, *(resume(lm, point, tokens, y) for y in [zeros, *(y for y, _ in spliced.values())])]
+        finals = [clean]
+        for y in [zeros, *(y for y, _ in spliced.values())]:
+            finals.append(jax.block_until_ready(resume(lm, point, tokens, y)))
+            if stopped():
+                raise Interrupted("comparison stopped; nothing is written, the same command begins it again")
         nll, kl = jax.device_get(token_losses([lm] * len(finals), finals, tokens))
         shared = jax.device_get(spread(x, skip, shift)) | {"clean": nll[0].sum(1, dtype=np.float64)}
         shared |= {"zero": nll[1].sum(1, dtype=np.float64), "kl_zero": kl[1].sum(1, dtype=np.float64)}

@@ -31,7 +31,7 @@ from qsae_jax.files import write_json
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import Point, check_point, width_at
 from qsae_jax.mesh import make_mesh
-from qsae_jax.progress import progress
+from qsae_jax.progress import progress, stop_signal
 from qsae_jax.quant.fake import fake_quantize
 from qsae_jax.quant.scheme import Scheme, parse_scheme
 from qsae_jax.sae.model import SAE, check_width
@@ -71,11 +71,9 @@ def compare(
     for one in saes.values():
         check_width(one, width_at(lm, point), str(point))
     models = {"fp": lm, str(scheme): fake_quantize(lm, scheme)}
-    with progress(f"compare at {scheme}", 2 * len(windows) * windows.seq) as advance:
-        judged = {
-            name: judge(model, saes, windows, point, mesh, skip_first=skip_first, batch=batch, advance=advance)
-            for name, model in models.items()
-        }
+    with progress(f"compare at {scheme}", 2 * len(windows) * windows.seq) as advance, stop_signal() as stopped:
+        told = {"skip_first": skip_first, "batch": batch, "advance": advance, "stopped": stopped}
+        judged = {name: judge(model, saes, windows, point, mesh, **told) for name, model in models.items()}
     rows = _rows(judged, str(scheme))
     alive = {name: _alive(judged[_home(name, str(scheme))][name]) for name in saes}
     matching = _matching(saes, alive)

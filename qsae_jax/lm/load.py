@@ -41,11 +41,16 @@ def load_lm(source: str, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> 
 
 
 def stored_as(source: str) -> str | None:
-    """What a packed file holds its weights as (`GGUF blocks of type Q4_1 (210), Q8_0 (1)`); None where they are plain
-    floating point."""
+    """What a packed file holds its weights as (`GGUF blocks of type Q4_1 (210), Q8_0 (1)`), or what `save_lm` was told
+    of a folder's; None where they are plain floating point."""
     path = fetch(source)
-    file = None if path.is_dir() else GGUF(path)
-    return f"GGUF blocks of type {file.stored_as()}" if file and not file.is_plain() else None
+    if path.is_dir():
+        from safetensors import safe_open
+
+        with safe_open(_shards(path)[0], "numpy") as shard:
+            return (shard.metadata() or {}).get("qsae_jax")
+    file = GGUF(path)
+    return None if file.is_plain() else f"GGUF blocks of type {file.stored_as()}"
 
 
 def _open_gguf(path: Path) -> tuple[LMConfig, Family, list[str], Reader]:

@@ -4,7 +4,7 @@ fp                    the weights as they are
 int{2..8}             per output channel, symmetric, full_qmax, nearest-even: the paper's quantizer
   -tensor | -channel | -g{n}          one scale per matrix, per output channel (default), per n inputs of a channel
   -asym                               minimum to maximum, with an integer zero point
-  -restricted | -half | -signed_full | -no_clip | -full_qmax     another symmetric convention (see grid.py)
+  -restricted | -half | -signed_full | -no_clip | -full_qmax     another symmetric convention (below)
 noise@SCHEME[#draw]   Gaussian weight noise with that scheme's error norm, matrix by matrix
 """
 

@@ -14,6 +14,14 @@ from qsae_jax.report import figures, tables
 from qsae_jax.report.results import Results, read_results
 from qsae_jax.report.tables import Table
 
+ARMS = (
+    "Each dictionary on each model, with 95 % intervals. The verdict rests on differences over the same windows, "
+    "whose intervals are far narrower."
+)
+MATCHING = (
+    "Same directions? The retrained dictionary began at the same random start as the full-precision one, the seed "
+    "floor did not: after a short training, likeness is partly that start."
+)
 VERDICTS = {
     "keep": "Keep the dictionary",
     "adapt": "Adapt the dictionary",
@@ -33,10 +41,9 @@ class Part:
 
 def write_report(folder: Path) -> Path:
     """Write `report.html` from the results in a folder, and give its path."""
-    results = read_results(folder)
     try:
-        html = _page(results)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        html = _page(read_results(folder))
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise UserError(f"the results in `{folder}` are not complete ({error!r}): make them again") from error
     path = folder / "report.html"
     write_text(path, html)
@@ -86,8 +93,9 @@ def _audit_parts(results: Results) -> list[Part]:
         caption = "Median correlation of active features with themselves, by tenths; dotted lines at 0.9 and 0.5."
         parts.append(Part("deciles", caption, figures.by_decile(results.features)))
     if scheme := tables.worst_scheme(results):
-        caption = f"The {tables.WORST} active features that {scheme} damages most."
-        parts.append(Part("worst", caption, table=tables.worst_table(results.features[scheme])))
+        caption = f"The {tables.WORST} active features that {scheme} damages most; on few tokens r is uncertain."
+        counted = results.audit["tokens"]["counted"]
+        parts.append(Part("worst", caption, table=tables.worst_table(results.features[scheme], counted)))
     return parts
 
 
@@ -95,11 +103,9 @@ def _compare_parts(results: Results) -> list[Part]:
     if not results.compare:
         return []
     return [
-        Part("arms", "Each dictionary on each model, with 95 % intervals.", figures.arms(results.compare["rows"])),
+        Part("arms", ARMS, figures.arms(results.compare["rows"])),
         Part("arm-table", "The comparison in numbers.", table=tables.arms_table(results.compare)),
-        Part(
-            "matching", "Same directions? Beside what a new seed gives.", table=tables.matching_table(results.compare)
-        ),
+        Part("matching", MATCHING, table=tables.matching_table(results.compare)),
     ]
 
 

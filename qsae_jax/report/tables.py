@@ -92,15 +92,23 @@ def matching_table(compare: dict[str, Any]) -> Table:
     )
 
 
-def worst_table(columns: Columns) -> Table:
-    """The active features with the lowest r."""
+def worst_table(columns: Columns, counted: int) -> Table:
+    """The active features with the lowest r; on how many of the counted tokens they fire."""
     active = np.flatnonzero(columns["active"])
     r = np.nan_to_num(columns["r"], nan=0.0)
     order = active[np.argsort(r[active], kind="stable")][:WORST]
-    names = ("firing_rate", "firing_rate_twin", "mean_activation", "mean_activation_twin")
-    names += ("max_activation", "max_activation_twin")
+    columns = columns | {f"tokens{t}": np.round(columns[f"firing_rate{t}"] * counted) for t in ("", "_twin")}
+    names = (
+        "tokens",
+        "tokens_twin",
+        "mean_activation",
+        "mean_activation_twin",
+        "max_activation",
+        "max_activation_twin",
+    )
     heads = [("feature", "index of the latent"), ("r", "correlation of its value in the two runs")]
-    heads += [(name.replace("_", " "), "") for name in names]
+    heads += [("tokens", "on which it fires at full precision"), ("tokens twin", "on which it fires in the twin")]
+    heads += [(name.replace("_", " "), "") for name in names[2:]]
     rows = [
         [str(columns["feature"][i]), number(float(r[i]), 3)] + [number(float(columns[n][i]), 3) for n in names]
         for i in order

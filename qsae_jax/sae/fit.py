@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from qsae_jax.acts.stream import ActivationStream
@@ -136,6 +137,7 @@ def _run(
             if done % LOG_EVERY == 0 or done == steps:
                 speed = (done - at) * stream.batch / (time.monotonic() - began)
                 written = {name: logs[name].write(done * stream.batch, got, speed) for name, got in metrics.items()}
+                _finite(written)
                 figures = _shown(written) | {"tokens/s": speed}
             advance(stream.batch, **figures)
             if stopped() or (time.monotonic() - last > KEEP_EVERY_S and done < steps):
@@ -144,6 +146,13 @@ def _run(
             if stopped():
                 raise Interrupted(f"stopped after {done} of {steps} steps, which are kept: the same command goes on")
     return states
+
+
+def _finite(written: Mapping[str, dict[str, float]]) -> None:
+    """Refuse to go on with a dictionary that has no numbers left."""
+    for name, one in written.items():
+        if not np.isfinite(one["fvu"]):
+            raise UserError(f"the training of {name} diverged: lower sae.lr")
 
 
 def _shown(written: Mapping[str, dict[str, float]]) -> dict[str, float]:

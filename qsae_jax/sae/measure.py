@@ -41,4 +41,5 @@ def reconstruction_sums(
 def fvu(error: ArrayLike, x: ArrayLike, xx: ArrayLike, n: ArrayLike) -> float:
     """Fraction of variance unexplained, `sum |x - xhat|^2 / sum |x - mean x|^2`, the mean over all counted tokens."""
     error, x, xx, n = (np.asarray(v, np.float64) for v in (error, x, xx, n))
-    return float(error / (xx - (x**2).sum(-1) / n))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(error / (xx - (x**2).sum(-1) / n))
