@@ -103,9 +103,10 @@ LARGEST = 2**31 - 1
 
 
 def check_at_least(config: Any, where: str, **least: float) -> None:
-    """Refuse a number below its least possible value, or one that 32 bits do not hold."""
+    """Refuse a number below its least possible value, or a whole one that 32 bits do not hold."""
     for name, low in least.items():
-        if not low <= (value := getattr(config, name)) <= LARGEST:
+        value = getattr(config, name)
+        if not value >= low or (isinstance(value, int) and value > LARGEST):
             raise UserError(f"key `{where}{name}` is {value}: give {low} to {LARGEST}")
 
 
