@@ -60,6 +60,8 @@ def audit_table(audit: dict[str, Any]) -> Table:
 
 def interval(got: dict[str, float | None], share: bool = False) -> str:
     show = percent if share else lambda x: number(x, 3)
+    if got["low"] == got["high"] == got["value"]:
+        return show(got["value"])
     ends = [show(got[name]).removesuffix(" %") for name in ("low", "high")]
     return f"{show(got['value'])} [{', '.join(ends)}]"
 
