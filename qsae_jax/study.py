@@ -28,6 +28,7 @@ from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import check_point
 from qsae_jax.lm.tokenizer import load_tokenizer
 from qsae_jax.mesh import parse_mesh
+from qsae_jax.progress import progress
 from qsae_jax.quant.fake import fake_quantize
 from qsae_jax.quant.scheme import parse_scheme, parse_schemes
 from qsae_jax.recipe import Study
@@ -105,11 +106,16 @@ class Stages:
 
     def _tokens(self) -> None:
         t = self.study.tokens
-        tokenizer = None if t.source.startswith("npy:") else load_tokenizer(self.study.model)
-        windows = load_windows(t.source, tokenizer, t.seq, t.bos, self.lm.config.vocab)
-        with staged_file(self.out / "tokens.npy") as draft, draft.open("wb") as file:
-            np.save(file, windows.ids)
-        write_json(self.out / "tokens.json", {"source": windows.source, "bos": windows.bos})
+        with progress("tokens: model, tokenizer, text", 3) as advance:
+            vocab = self.lm.config.vocab
+            advance(1)
+            tokenizer = None if t.source.startswith("npy:") else load_tokenizer(self.study.model)
+            advance(1)
+            windows = load_windows(t.source, tokenizer, t.seq, t.bos, vocab)
+            with staged_file(self.out / "tokens.npy") as draft, draft.open("wb") as file:
+                np.save(file, windows.ids)
+            write_json(self.out / "tokens.json", {"source": windows.source, "bos": windows.bos})
+            advance(1)
         self.__dict__.pop("windows", None)
 
     def _held_out(self, tokens: int) -> Windows:

@@ -186,7 +186,8 @@ def test_ctrl_c_in_an_audit_ends_with_130(inputs, tmp_path, tiny_windows):
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
     ) as going:
-        assert going.stderr and "audit:" in going.stderr.readline()  # the first line of progress, after 20 seconds
+        assert going.stderr
+        assert any(line.startswith("audit:") for line in going.stderr)  # among its batches: said after 20 seconds
         going.send_signal(signal.SIGINT)
         told = going.stderr.read()
     assert going.returncode == 130 and "audit stopped" in told and "Traceback" not in told

@@ -61,8 +61,12 @@ def audit(
     if not named:
         raise UserError("schemes: only `fp` is named, which is the reference; add one to audit, for example int4")
     check_windows(windows, skip_first, lm.config.context)
-    twins = {"fp": lm} | {name: fake_quantize(lm, scheme) for name, scheme in named.items()}
-    errors = {name: weight_errors(lm, twins[name])["all"] for name in named}
+    twins, errors = {"fp": lm}, {}
+    with progress("quantize", len(named)) as advance:
+        for name, scheme in named.items():
+            twins[name] = fake_quantize(lm, scheme)
+            errors[name] = weight_errors(lm, twins[name])["all"]
+            advance(1)
     survival, losses = Survival(sae, list(twins)), Losses(list(twins))
     with progress("audit", len(windows) * windows.seq) as advance, stop_signal() as stopped:
         for ids, weight in in_order(windows, windows_per_forward(batch, windows, mesh)):

