@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Float32
 
 from qsae_jax.products import einsum, matmul
 
-CHUNKS = 4
-"""Into how many pieces the queries are cut; piece i reads the first (i+1)/4 of the keys."""
+PIECE, PIECES = 64, 8
+"""Queries are cut into pieces of 64, or into 8 where these would be more; a piece reads the keys up to its end."""
 
 
 def attend(
@@ -44,7 +44,7 @@ def _by_group(
     q: Float[Array, "b s g r k"], k: Float[Array, "b s g k"], v: Float[Array, "b s g k"]
 ) -> Float[Array, "b s g r k"]:
     b, s, g, r, width = q.shape
-    chunk = -(-s // CHUNKS)
+    chunk = max(PIECE, -(-s // PIECES))
 
     def one(group: tuple[Array, Array, Array]) -> Float[Array, "s r k"]:
         queries, keys, values = group

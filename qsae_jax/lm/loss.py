@@ -37,7 +37,10 @@ def token_losses(
         chosen = [jnp.take_along_axis(x, targets[:, None], axis=-1)[:, 0] for x in logits]
         p = jnp.exp(logits[0] - totals[0][:, None])
         # sum p (log p - log q), the two normalisers taken out of the sum, where they would cancel in each term.
-        kl = [jnp.sum(p * (logits[0] - x), axis=-1) + t - totals[0] for x, t in zip(logits, totals, strict=True)]
+        kl = [
+            jnp.sum(p * (logits[0] - x), axis=-1) + t - totals[0] for x, t in zip(logits[1:], totals[1:], strict=True)
+        ]
+        kl = [jnp.zeros_like(totals[0]), *kl]
         return [t - c for t, c in zip(totals, chosen, strict=True)], kl
 
     hidden = tuple(rows(x[:, :-1]) for x in finals)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qsae_jax.lm import attend as module
-from qsae_jax.lm.attend import CHUNKS, _batched, _by_group, attend
+from qsae_jax.lm.attend import _batched, _by_group, attend
 
 
 def slow(q, k, v, causal=True, shared=True, cut=lambda scores: scores):
@@ -30,6 +30,13 @@ def random_heads(s, heads=6, groups=2, width=4):
     return [random.normal(size=(2, s, n, width)).astype(np.float32) * 2 for n in (heads, groups, groups)]
 
 
+@pytest.fixture(autouse=True)
+def short_pieces(monkeypatch):
+    """At most four pieces of at least two queries, so that short windows are cut as long ones are."""
+    monkeypatch.setattr(module, "PIECE", 2)
+    monkeypatch.setattr(module, "PIECES", 4)
+
+
 def loop(name, q, k, v):
     """One of the two shapes of loop, called as `attend` calls it."""
     b, s, heads, width = q.shape
@@ -41,9 +48,8 @@ def loop(name, q, k, v):
 @pytest.mark.parametrize("s, heads, groups", [(1, 6, 2), (3, 6, 2), (8, 6, 2), (13, 6, 2), (5, 4, 4), (6, 3, 1)])
 @pytest.mark.parametrize("name", ["_batched", "_by_group"])
 def test_both_loops_equal_a_slow_softmax(name, s, heads, groups):
-    """Lengths that the four chunks divide and do not, fewer tokens than chunks among them. Controls: attention to
-    the future, and another sharing of the groups, are far away."""
-    assert CHUNKS == 4
+    """Lengths that the pieces divide and do not, fewer tokens than a piece among them. Controls: attention to the
+    future, and another sharing of the groups, are far away."""
     q, k, v = random_heads(s, heads, groups)
     ours = loop(name, q, k, v)
     np.testing.assert_allclose(ours, slow(q, k, v), atol=1e-5)
