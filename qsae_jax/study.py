@@ -70,7 +70,7 @@ class Stages:
         facts = read_json(self.out / "tokens.json")
         return Windows(np.load(self.out / "tokens.npy", mmap_mode="r"), facts["source"], facts["bos"])
 
-    @property
+    @cached_property
     def facts(self) -> dict[str, Any]:
         return {"model": self.study.model, "notes": notes_on(self.study.model)}
 
@@ -157,7 +157,7 @@ class Stages:
 
     def _compare(self) -> None:
         s = self.study
-        windows = self._held_out(min(s.tokens.compare, s.tokens.audit))
+        windows = self._held_out(s.tokens.compare)
         arms = dict(zip(("sae", "retrained", "reseeded"), (f"saes/{name}" for name in self.jobs), strict=True))
         judged = compare(self.lm, self.scheme, self._sae("fp"), self._sae(self.scheme), windows, s.point,
                          reseeded=self._sae(f"fp-seed{s.train.reseed}"), skip_first=s.tokens.skip_first,

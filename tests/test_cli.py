@@ -241,6 +241,10 @@ def test_train_then_compare(inputs, tmp_path, capsys):
     assert "qsae compare" in (tmp_path / "out/report.html").read_text()
     given["--out"] = str(tmp_path / "seeded")
     assert main([*words("train", given | {"--schemes": "fp"}), *more, "--set", "train.seed=1"]) == 0
+    argv = words("compare", common | arms | {"--reseeded": f"{tmp_path}/seeded/saes/fp", "--schemes": "int4"})
+    assert main([*argv, "--out", inputs["--out"]]) == 0
+    facts = json.loads((tmp_path / "out/compare.json").read_text())
+    assert facts["verdict"]["floor"] > 0 and [row["arm"] for row in facts["rows"]].count("reseeded") == 2
     capsys.readouterr()
     assert "`train.reseed`" in refused([*words("train", given), "--set", "train.reseed=3"], capsys)
     assert "`sae.kk`" in refused([*words("train", given), "--set", "sae.kk=3"], capsys)

@@ -149,8 +149,8 @@ def in_order(windows: Windows, batch: int) -> Iterator[tuple[Int32[np.ndarray, "
 
 
 def windows_per_forward(asked: int, windows: Windows, mesh: Mesh) -> int:
-    """How many windows a forward pass takes: as many as asked, or with 0 what keeps a device busy and its caches
-    warm (SmolLM2 on 2 cores: 2,048 tokens run a tenth faster than 4,096). A multiple of the devices of `data`."""
+    """How many windows a forward pass takes: as many as asked, or with 0 enough tokens to keep a device
+    busy (on 2 cores 512 to 2,048 run SmolLM2 at the same speed). A multiple of the devices of `data`."""
     devices = mesh.shape["data"]
     tokens = 2048 if jax.default_backend() == "cpu" else 16_384
     wanted = min(asked or devices * max(tokens // windows.seq, 1), len(windows))
