@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qsae_jax.audit.run import audit as audit
     from qsae_jax.compare.transfer import compare as compare
     from qsae_jax.lm.load import load_lm as load_lm
-    from qsae_jax.lm.load import save_lm as save_lm
+    from qsae_jax.lm.save import save_lm as save_lm
     from qsae_jax.lm.tap import capture as capture
     from qsae_jax.lm.tap import patch as patch
     from qsae_jax.lm.tokenizer import load_tokenizer as load_tokenizer
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PUBLIC = {
     "load_lm": "lm.load",
-    "save_lm": "lm.load",
+    "save_lm": "lm.save",
     "load_tokenizer": "lm.tokenizer",
     "load_windows": "acts.tokens",
     "capture": "lm.tap",

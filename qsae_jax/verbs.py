@@ -10,8 +10,9 @@ from qsae_jax.compare.transfer import compare as run_compare
 from qsae_jax.config import build, with_settings
 from qsae_jax.errors import UserError
 from qsae_jax.files import make_folder, read_json, write_json
-from qsae_jax.lm.load import load_lm, save_lm, stored_as
+from qsae_jax.lm.load import load_lm, stored_as
 from qsae_jax.lm.model import LM, count_parameters
+from qsae_jax.lm.save import save_lm
 from qsae_jax.lm.tap import Point, check_point
 from qsae_jax.lm.tap import points as points_of
 from qsae_jax.lm.tokenizer import load_tokenizer

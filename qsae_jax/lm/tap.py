@@ -28,9 +28,11 @@ ENDS = ("embed", "final")
 class Point:
     """A place in a model: a site of one block, or one of the two ends (`layer` is None).
 
-    `attn.q|k|v` are before rotary, `attn.z` the heads before the output matrix, `mlp.pre` the gate before its
-    activation function, `final` the residual stream after the last norm. Other points are as TransformerLens has
-    them, without the `hook_`.
+    `attn.q|k|v` are before norms and rotary, `attn.z` the heads before the output matrix, `attn_out` and `mlp_out`
+    what is added to the stream (after Gemma's second norm), `mlp.pre` the gate (`up` where there is none) before its
+    activation function, `embed` the scaled embedding before learned positions, `final` the residual stream after the
+    last norm. A model whose attention and mlp run in parallel has no `resid_mid`. Other points are as TransformerLens
+    has them, without the `hook_`.
     """
 
     layer: int | None
@@ -57,6 +59,8 @@ class Point:
 def check_point(lm: LM, text: str | Point) -> Point:
     """The point, after making sure that this model has it."""
     point = Point.parse(text)
+    if lm.config.parallel and point.site == "resid_mid":
+        raise UserError(f"point `{point}`: attention and mlp run in parallel here, choose resid_pre or resid_post")
     if point.layer is not None and point.layer >= lm.config.n_layers:
         raise UserError(f"point `{point}`: the model has blocks 0 to {lm.config.n_layers - 1}, choose one of these")
     return point
@@ -64,7 +68,8 @@ def check_point(lm: LM, text: str | Point) -> Point:
 
 def points(lm: LM) -> list[Point]:
     """Every point of a model, in the order of the data."""
-    inner = [Point(layer, site) for layer in range(lm.config.n_layers) for site in SITES]
+    sites = [site for site in SITES if not (lm.config.parallel and site == "resid_mid")]
+    inner = [Point(layer, site) for layer in range(lm.config.n_layers) for site in sites]
     return [Point(None, "embed"), *inner, Point(None, "final")]
 
 

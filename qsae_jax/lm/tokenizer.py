@@ -4,39 +4,16 @@ BOS is a fact of the tokenizer: `adds_bos` says whether the model was trained wi
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from qsae_jax.errors import UserError
 from qsae_jax.files import read_json
+from qsae_jax.lm.ggml_tokenizer import build_tokenizer
 from qsae_jax.lm.gguf import GGUF
 from qsae_jax.lm.sources import fetch
-
-
-def _byte_level() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-# How each `tokenizer.ggml.pre` of llama.cpp splits text before the merges.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": _byte_level,
-    "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()]),
-    "llama-bpe": lambda: pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_LLAMA3), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    ),
-}
-CONTROL, USER_DEFINED = 3, 4
-"""Values of `tokenizer.ggml.token_type` whose tokens are matched whole before anything is split."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +49,12 @@ def load_tokenizer(source: str) -> TextTokenizer:
 def _from_folder(folder: Path) -> TextTokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise UserError(f"`{folder}` holds no tokenizer.json: save the tokenizer there, or give tokens as npy:FILE")
+        raise UserError(f"`{folder}` {_without_tokenizer(folder)}, or give tokens as npy:FILE")
     try:
         inner = Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust library raises bare Exception
+        if not isinstance(read_json(file).get("model"), dict):
+            raise UserError(f"`{file}` describes no model: it is not a whole tokenizer, download it again") from error
         raise UserError(f"`{file}` is not a readable tokenizer ({error}): download it again") from error
     inner.no_truncation()
     inner.no_padding()
@@ -93,22 +72,18 @@ def _from_folder(folder: Path) -> TextTokenizer:
     return TextTokenizer(inner, bos, token_id("eos_token"), adds)
 
 
+def _without_tokenizer(folder: Path) -> str:
+    if (folder / "tokenizer.model").is_file():
+        return (
+            "holds a SentencePiece tokenizer.model but no tokenizer.json: make one with transformers, "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    return "holds no tokenizer.json: save the tokenizer there"
+
+
 def _from_gguf(path: Path) -> TextTokenizer:
     file = GGUF(path)
-    kind, split = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or split not in SPLITS:
-        known = ", ".join(SPLITS)
-        raise UserError(
-            f"`{path}`: tokenizer `{kind}/{split}` is not supported (gpt2 with {known}): give npy:FILE tokens"
-        )
-    names, types = file.get("tokenizer.ggml.tokens"), file.get("tokenizer.ggml.token_type", [])
-    merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges", [])]
-    llama3 = split == "llama-bpe"  # as llama.cpp: a word of the vocabulary needs no merges, and BOS unless told not to
-    inner = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=merges, ignore_merges=llama3))
-    inner.pre_tokenizer = SPLITS[split]()
-    inner.decoder = decoders.ByteLevel()
-    whole = [name for name, type_ in zip(names, types, strict=False) if type_ in (CONTROL, USER_DEFINED)]
-    inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in whole])
+    inner, by_default = build_tokenizer(file)
     bos = file.get("tokenizer.ggml.bos_token_id")
-    adds = bool(file.get("tokenizer.ggml.add_bos_token", llama3)) and bos is not None
+    adds = bool(file.get("tokenizer.ggml.add_bos_token", by_default)) and bos is not None
     return TextTokenizer(inner, bos, file.get("tokenizer.ggml.eos_token_id"), adds)

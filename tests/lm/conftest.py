@@ -9,6 +9,7 @@ import pytest
 
 from qsae_jax.lm.load import abstract_lm
 from qsae_jax.lm.model import LMConfig
+from qsae_jax.lm.rope import Rope
 
 FACTS = {
     "model_type": "llama",
@@ -137,7 +138,8 @@ def make_lm():
 
     def make(seed=0, **changes):
         config = {"family": "llama", "vocab": 97, "d_model": 16, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2}
-        config |= {"head_dim": 6, "d_ff": 40, "norm_eps": 3e-3, "rope_theta": 777.0, "tied": False, "context": 64}
+        config |= {"head_dim": 6, "d_ff": 40, "norm_eps": 3e-3, "rope": Rope(777.0, 6), "tied": False, "context": 64}
+        config |= {"act": "silu", "score_scale": 6**-0.5}
         random = np.random.default_rng(seed)
 
         def fill(x):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qsae_jax.lm import attend as module
-from qsae_jax.lm.attend import _batched, _by_group, attend
+from qsae_jax.lm.attend import Scores, _batched, _by_group, attend
 
 
 def slow(q, k, v, causal=True, shared=True, cut=lambda scores: scores):
@@ -42,7 +42,7 @@ def loop(name, q, k, v):
     b, s, heads, width = q.shape
     grouped = (q * np.float32(width**-0.5)).reshape(b, s, k.shape[2], heads // k.shape[2], width)
     whole = {"_batched": _batched, "_by_group": _by_group}[name]
-    return np.asarray(jax.jit(whole)(grouped, k, v)).reshape(q.shape)
+    return np.asarray(jax.jit(whole, static_argnums=3)(grouped, k, v, Scores(1.0))).reshape(q.shape)
 
 
 @pytest.mark.parametrize("s, heads, groups", [(1, 6, 2), (3, 6, 2), (8, 6, 2), (13, 6, 2), (5, 4, 4), (6, 3, 1)])
@@ -67,7 +67,7 @@ def test_attend_takes_the_loop_of_the_machine(monkeypatch, devices, unused):
     if jax.default_backend() == "cpu":
         monkeypatch.setattr(module, unused, None)
     q, k, v = random_heads(7)
-    ours = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
+    ours = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), Scores(q.shape[-1] ** -0.5))
     np.testing.assert_allclose(ours, slow(q, k, v), atol=1e-5)
     assert np.abs(ours - slow(q * 2, k, v)).max() > 1e-2
 
@@ -80,7 +80,7 @@ def test_bfloat16_scores_are_summed_in_float32(name):
     q = q * 8
     grouped = (q.reshape(2, 9, 2, 3, 64) / 8).astype(jnp.bfloat16)  # 64**-0.5, exact
     whole = {"_batched": _batched, "_by_group": _by_group}[name]
-    ours = jax.jit(whole)(grouped, k.astype(jnp.bfloat16), v.astype(jnp.bfloat16))
+    ours = jax.jit(whole, static_argnums=3)(grouped, k.astype(jnp.bfloat16), v.astype(jnp.bfloat16), Scores(1.0))
     assert ours.dtype == jnp.bfloat16
     allowed = 2**-7 * np.abs(v).max()
     assert np.abs(np.asarray(ours, np.float32).reshape(q.shape) - slow(q, k, v)).max() < allowed

@@ -140,7 +140,7 @@ def test_weights_equal_the_slow_decoder(facts, tensors, write_folder, write_gguf
     lm = load_lm(path)
     folder = load_lm(str(write_folder(facts, held)))
     assert same(lm, folder)
-    assert lm.config.rope_theta == 777.0 and abs(lm.config.norm_eps - 3e-3) < 1e-9
+    assert lm.config.rope.theta == 777.0 and abs(lm.config.norm_eps - 3e-3) < 1e-9
     np.testing.assert_allclose(np.asarray(logits(lm, tokens)), np.asarray(logits(folder, tokens)), atol=1e-4)
     assert same(folder, load_lm(str(write_folder(facts, given)))) == (kind == Kind.F32)
     straight, _ = write_gguf(facts, given, kind, permute=lambda name, w, facts: w)

@@ -39,7 +39,7 @@ METADATA = {
     "no epsilon": ({"skip": ["layer_norm_rms_eps"]}, "layer_norm_rms_epsilon"),
     "no context": ({"skip": ["context_length"]}, "context_length"),
     "unknown key": ({"extra": {"llama.expert_count": 8}}, "expert_count"),
-    "scaled rotary": ({"extra": {"llama.rope.scaling.factor": 8}}, "rope.scaling.factor"),
+    "scaled rotary": ({"extra": {"llama.rope.scaling.attn_factor": 8}}, "rope.scaling.attn_factor"),
     "rotary of a part": (
         {"skip": ["rope_dimension_count"], "extra": {"llama.rope.dimension_count": 4}},
         "rope.dimension_count",

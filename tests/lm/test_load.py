@@ -14,7 +14,8 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from qsae_jax.lm.load import load_lm, save_lm, stored_as
+from qsae_jax.lm.load import load_lm, stored_as
+from qsae_jax.lm.save import save_lm
 from qsae_jax.mesh import make_mesh
 
 TOLERANCE = 1e-4
@@ -69,9 +70,9 @@ def test_styles_of_config(llama, torch_logits, tokens, tmp_path, style, width):
 
     expected = torch_logits(model, tokens)
     lm = with_base(777.0)
-    assert (lm.config.head_dim, lm.config.rope_theta) == (6, 777.0)
+    assert (lm.config.head_dim, lm.config.rope.theta) == (6, 777.0)
     assert distance(logits(lm, tokens), expected) < TOLERANCE
-    assert with_base(776.0).config.rope_theta == 776.0
+    assert with_base(776.0).config.rope.theta == 776.0
     assert distance(logits(with_base(10000.0), tokens), expected) > FAULT
 
 

@@ -9,6 +9,7 @@ from qsae_jax.lm import loss
 from qsae_jax.lm.load import abstract_lm
 from qsae_jax.lm.loss import token_losses
 from qsae_jax.lm.model import LMConfig
+from qsae_jax.lm.rope import Rope
 
 
 def dense(lms, finals, tokens):
@@ -73,7 +74,7 @@ def test_kl_of_close_models_with_large_logits(make_lm):
 def test_the_logits_never_exist_whole():
     """2,048 tokens of a 5,000-word vocabulary are 41 MB of logits a model; the compiled program of two models holds
     less than half of one beside its arguments. Control: the plain formula, compiled for the same, holds more."""
-    lm = abstract_lm(LMConfig("llama", 5000, 16, 1, 4, 2, 6, 40, 3e-3, 777.0, False, 64))
+    lm = abstract_lm(LMConfig("llama", 5000, 16, 1, 4, 2, 6, 40, 3e-3, Rope(777.0, 6), False, 64, "silu", 6**-0.5))
     tokens = jax.ShapeDtypeStruct((8, 257), jnp.int32)
     x = jax.ShapeDtypeStruct((8, 257, 16), jnp.float32)
     whole = 8 * 256 * 5000 * 4

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qsae_jax.lm.families import llama_facts
-from qsae_jax.lm.layers import RMSNorm, rotary
+from qsae_jax.lm.families import HUB
+from qsae_jax.lm.layers import RMSNorm
 from qsae_jax.lm.load import abstract_lm, load_lm
 from qsae_jax.lm.model import count_parameters
+from qsae_jax.lm.rope import Rope, rotary
 from qsae_jax.lm.tap import capture, points
 
 TOLERANCE = 1e-4
@@ -54,7 +55,7 @@ def pair(llama, tmp_path_factory):
 
 
 FAULTS = {
-    "rope base": lambda lm: rebuilt(lm, rope_theta=10000.0),
+    "rope base": lambda lm: rebuilt(lm, rope=Rope(10000.0, 6)),
     "norm epsilon": lambda lm: rebuilt(lm, norm_eps=1e-6),
     "head tied": lambda lm: rebuilt(lm, tied=True),
     **{
@@ -149,7 +150,7 @@ def test_rotary_equals_complex_multiplication_in_float64(theta):
     x = np.random.default_rng(0).normal(size=(2, 13, 3, 8)).astype(np.float32)
     turn = np.exp(1j * np.arange(13)[:, None] * theta ** (-2 * np.arange(4) / 8))[None, :, None]
     halves = (x[..., :4] + 1j * x[..., 4:]) * turn
-    ours = rotary(jnp.asarray(x), theta)
+    ours = rotary(jnp.asarray(x), Rope(theta, 8))
     assert distance(ours, np.concatenate([halves.real, halves.imag], -1)) < 1e-5
     neighbours = (x[..., ::2] + 1j * x[..., 1::2]) * turn
     assert distance(ours, np.stack([neighbours.real, neighbours.imag], -1).reshape(x.shape)) > FAULT
@@ -186,6 +187,6 @@ def test_causality(lm, tokens):
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_counted(llama, facts, tied):
     """Against PyTorch's count: a tied head is counted once in both."""
-    config = llama_facts(facts | {"tie_word_embeddings": tied})
+    config = HUB["llama"].config(facts | {"tie_word_embeddings": tied})
     model = llama(tie_word_embeddings=tied)
     assert count_parameters(abstract_lm(config)) == sum(p.numel() for p in model.parameters())

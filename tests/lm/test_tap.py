@@ -11,6 +11,7 @@ import pytest
 from qsae_jax.errors import UserError
 from qsae_jax.lm.load import abstract_lm
 from qsae_jax.lm.model import LMConfig
+from qsae_jax.lm.rope import Rope
 from qsae_jax.lm.tap import FINAL, Point, activations, capture, check_point, patch, points, resume, width_at
 
 PARSED = {
@@ -94,7 +95,7 @@ def flops(lowered):
 
 @pytest.fixture(scope="module")
 def deep():
-    config = LMConfig("llama", 97, 16, 8, 4, 2, 6, 40, 3e-3, 777.0, False, 64)
+    config = LMConfig("llama", 97, 16, 8, 4, 2, 6, 40, 3e-3, Rope(777.0, 6), False, 64, "silu", 6**-0.5)
     return abstract_lm(config), jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((2, 8, 16), jnp.float32)
 
 

@@ -1,10 +1,11 @@
 """Tokenizers out of GGUF files and folders give the ids of transformers' tokenizer, exactly.
 
 A small byte-level BPE is trained here. The oracle is transformers, from a `tokenizer.json` whose splitting rules are
-those that GPT-2, SmolLM and Llama 3 publish on the hub.
+those that GPT-2, SmolLM, Llama 3, Qwen 2 and Pythia publish on the hub.
 """
 
 import json
+import unicodedata
 
 import gguf
 import pytest
@@ -37,6 +38,7 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2 = LLAMA3.replace("{1,3}", "")
 PUBLISHED = {
     "gpt-2": BYTES | {"use_regex": True},
     "smollm": {
@@ -50,7 +52,16 @@ PUBLISHED = {
             BYTES | {"use_regex": False},
         ],
     },
+    "qwen2": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False},
+            BYTES | {"use_regex": False},
+        ],
+    },
+    "olmo": BYTES | {"use_regex": True},
 }
+COMPOSED = ("qwen2", "olmo")  # with the normalizer NFC; the second is GPT-NeoX's, as llama.cpp calls it
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +89,7 @@ def published(trained, tmp_path):
         inner.decoder = decoders.ByteLevel()
         facts = json.loads(inner.to_str())
         facts["pre_tokenizer"] = PUBLISHED[split]
+        facts["normalizer"] = {"type": "NFC"} if split in COMPOSED else None
         flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
         facts["added_tokens"] = [{"id": i, "content": name, "special": True} | flags for i, name in enumerate(SPECIAL)]
         if adds_bos:
@@ -100,11 +112,12 @@ def published(trained, tmp_path):
 def packed(trained, tmp_path):
     """Writes the tokenizer into a GGUF file without tensors, as llama.cpp's converter does."""
 
-    def write(split, adds_bos=None, model="gpt2", bos=0):
+    def write(split, adds_bos=None, model="gpt2", bos=0, architecture="llama"):
         vocabulary, merges = trained
-        writer = gguf.GGUFWriter(tmp_path / f"{split}.gguf", "llama")
+        writer = gguf.GGUFWriter(tmp_path / f"{split}.gguf", architecture)
         writer.add_tokenizer_model(model)
-        writer.add_tokenizer_pre(split)
+        if split is not None:
+            writer.add_tokenizer_pre(split)
         writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
         control, user, normal = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED, gguf.TokenType.NORMAL
         writer.add_token_types([control, control, user, *[normal] * (len(vocabulary) - 3)])
@@ -130,12 +143,13 @@ def oracle(folder):
 
 @pytest.mark.parametrize("split", PUBLISHED)
 def test_ids_of_a_gguf_file_equal_transformers(packed, published, split):
-    """On every text, and text -> ids -> text loses nothing. Control: each of the other two rules of splitting gives
+    """On every text, and text -> ids -> text loses nothing. Control: each of the other rules of splitting gives
     other ids somewhere."""
     ours = load_tokenizer(packed(split))
     expected = oracle(published(split))
     assert [ours.encode(text) for text in TEXTS] == expected
-    assert [ours.decode(ids) for ids in expected] == TEXTS
+    composed = [unicodedata.normalize("NFC", text) for text in TEXTS]
+    assert composed != TEXTS and [ours.decode(ids) for ids in expected] == (composed if split in COMPOSED else TEXTS)
     assert (ours.bos_id, ours.eos_id) == (0, 1)
     for other in PUBLISHED.keys() - {split}:
         assert oracle(published(other)) != expected
@@ -160,6 +174,18 @@ def test_ids_of_a_folder_equal_transformers_and_survive_saving(packed, published
         assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 1)
 
 
+def test_pythia_is_known_by_its_architecture(packed, published):
+    """llama.cpp writes `olmo` or `mpt` for its tokenizer, older converters `default`, `gpt-2` or nothing. Controls:
+    another architecture with `gpt-2` is GPT-2's, and with `default` is refused."""
+    expected = oracle(published("olmo"))
+    for split in ("olmo", "mpt", "default", "gpt-2", None):
+        ours = load_tokenizer(packed(split, architecture="gptneox"))
+        assert [ours.encode(text) for text in TEXTS] == expected and not ours.adds_bos
+    assert [load_tokenizer(packed("gpt-2")).encode(text) for text in TEXTS] == oracle(published("gpt-2")) != expected
+    with pytest.raises(UserError, match="gpt2/default"):
+        load_tokenizer(packed("default"))
+
+
 def test_special_tokens_are_told_from_their_text(packed):
     """Matched whole, in the vocabulary's own ids; a part of one is text. Control: a token of normal type is not."""
     ours = load_tokenizer(packed("smollm"))
@@ -178,7 +204,7 @@ def test_adds_bos_of_a_gguf_file(packed, split, adds):
     assert load_tokenizer(packed(split, adds, bos=None)).adds_bos is False
 
 
-@pytest.mark.parametrize("split, adds", [("gpt-2", False), ("smollm", False), ("llama-bpe", True)])
+@pytest.mark.parametrize("split, adds", [("gpt-2", False), ("smollm", False), ("llama-bpe", True), ("qwen2", False)])
 def test_adds_bos_without_the_key(packed, split, adds):
     """llama.cpp's own rule for files that do not say (llama-vocab.cpp): Llama 3 adds it, the others do not."""
     assert load_tokenizer(packed(split)).adds_bos is adds
@@ -209,7 +235,7 @@ def test_padding_and_truncation_of_a_folder_are_left_out(published):
     assert load_tokenizer(str(folder)).decode(load_tokenizer(str(folder)).encode(text)) == text
 
 
-@pytest.mark.parametrize("how", [{"model": "llama"}, {"split": "deepseek-llm"}])
+@pytest.mark.parametrize("how", [{"model": "t5"}, {"split": "deepseek-llm"}])
 def test_another_kind_in_a_gguf_file_is_refused(packed, how):
     with pytest.raises(UserError, match=next(iter(how.values()))):
         load_tokenizer(packed(**{"split": "gpt-2"} | how))
@@ -221,3 +247,14 @@ def test_a_folder_without_a_readable_one_is_refused(tmp_path, content):
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_folder_that_lacks_something_is_told_the_remedy(tmp_path):
+    """A SentencePiece model alone, and a tokenizer.json without its model. Control: whole, it is read."""
+    empty, reasons = '{"added_tokens": []}', (r"tokenizer\.model .*save_pretrained", "describes no model")
+    for name, text, why in zip(("tokenizer.model", "tokenizer.json"), ("", empty), reasons, strict=True):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=why):
+            load_tokenizer(str(tmp_path))
+    Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path)).encode("a") == [0]

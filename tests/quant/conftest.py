@@ -7,12 +7,13 @@ import pytest
 
 from qsae_jax.lm.load import abstract_lm
 from qsae_jax.lm.model import LMConfig
+from qsae_jax.lm.rope import Rope
 
 
 @pytest.fixture(scope="session")
 def lm():
     """Two blocks, 20 inputs of each matrix but o (24) and down (40); grouped queries, every width another."""
-    config = LMConfig("llama", 61, 20, 2, 4, 2, 6, 40, 3e-3, 777.0, False, 64)
+    config = LMConfig("llama", 61, 20, 2, 4, 2, 6, 40, 3e-3, Rope(777.0, 6), False, 64, "silu", 6**-0.5)
     random = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), abstract_lm(config))
 

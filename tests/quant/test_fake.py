@@ -10,7 +10,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from qsae_jax.errors import UserError
-from qsae_jax.lm.load import load_lm, save_lm
+from qsae_jax.lm.load import load_lm
+from qsae_jax.lm.save import save_lm
 from qsae_jax.mesh import make_mesh, place
 from qsae_jax.quant.fake import fake_quantize, linear_weights, weight_errors
 from qsae_jax.quant.scheme import EXAMPLES, Scheme, parse_scheme
