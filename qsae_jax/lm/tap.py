@@ -6,7 +6,7 @@ activation makes it drop the earlier ones.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -100,11 +100,16 @@ def capture(lm: LM, where: str | Point | Iterable[str | Point]) -> Callable[[Int
     return lambda tokens: dict(zip(names, activations(lm, many, tokens), strict=True))
 
 
+def shapes_at(lm: LM, where: Sequence[Point]) -> list[tuple[int, ...]]:
+    """The shape that a token has at each point: `(d,)`, or `(heads, width)`."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jax.numpy.int32)
+    made = jax.eval_shape(lambda lm, tokens: activations(lm, tuple(where), tokens), lm, tokens)
+    return [x.shape[2:] for x in made]
+
+
 def width_at(lm: LM, point: Point) -> int:
     """How many numbers a token has at a point (heads and their widths counted together)."""
-    tokens = jax.ShapeDtypeStruct((1, 2), jax.numpy.int32)
-    shape = jax.eval_shape(lambda lm, tokens: activations(lm, (point,), tokens)[0], lm, tokens).shape
-    return int(np.prod(shape[2:]))
+    return int(np.prod(shapes_at(lm, [point])[0]))
 
 
 @partial(jax.jit, static_argnums=1)

@@ -114,6 +114,8 @@ def facts(results: Results) -> list[tuple[str, str]]:
     head, run = results.head, results.run or {}
     tokens: dict[str, Any] = head.get("tokens", {})
     said = [("model", str(head.get("model", ""))), ("point", str(head.get("point", "")))]
+    if (processing := head.get("processing", "none")) != "none":
+        said.append(("processing of its weights", str(processing)))
     if results.audit:
         base = results.audit["reference"]
         said += [("dictionary", f"{results.audit['sae']}: {base['latents']:,} latents, {base['active']:,} active")]
