@@ -1,4 +1,10 @@
-"""Attention in both shapes of loop against a softmax written out in float64, within 1e-5 of values of order 1."""
+"""Attention in both shapes of loop against a softmax written out in float64, within 1e-5 of values of order 1.
+
+The other tests run on eight simulated devices and see `_batched` alone, so `_by_group` is tried here in earnest: its
+pieces, the keys that it skips, and a whole model.
+"""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -7,21 +13,26 @@ import pytest
 
 from qsae_jax.lm import attend as module
 from qsae_jax.lm.attend import Scores, _batched, _by_group, attend
+from qsae_jax.lm.families import HUB
+from qsae_jax.lm.load import abstract_lm
+from tests.lm.families import CONFIGS
 
 
-def slow(q, k, v, causal=True, shared=True, cut=lambda scores: scores):
-    """One query at a time: query head h reads the keys of group h // (H / G), or h % G where `shared` is false."""
+def slow(q, k, v, how=None, causal=True, shared=True, cut=lambda scores: scores):
+    """One query at a time: query head h reads the keys of group h // (H / G), or h % G where `shared` is false. A
+    query at position t sees the keys s with t - window < s <= t."""
     b, s, heads, width = q.shape
-    groups = k.shape[2]
+    groups, how = k.shape[2], how or Scores(width**-0.5)
     out = np.zeros_like(q, dtype=np.float64)
     for i in range(b):
         for h in range(heads):
             g = h // (heads // groups) if shared else h % groups
             for t in range(s):
-                end = t + 1 if causal else s
-                scores = cut(k[i, :end, g].astype(np.float64) @ q[i, t, h] / np.sqrt(width))
+                seen = [j for j in range(s) if (j <= t or not causal) and (not how.window or t - how.window < j)]
+                scores = cut(k[i, seen, g].astype(np.float64) @ q[i, t, h] * how.scale)
+                scores = how.cap * np.tanh(scores / how.cap) if how.cap else scores
                 weights = np.exp(scores - scores.max())
-                out[i, t, h] = weights @ v[i, :end, g] / weights.sum()
+                out[i, t, h] = weights @ v[i, seen, g] / weights.sum()
     return out
 
 
@@ -37,12 +48,12 @@ def short_pieces(monkeypatch):
     monkeypatch.setattr(module, "PIECES", 4)
 
 
-def loop(name, q, k, v):
-    """One of the two shapes of loop, called as `attend` calls it."""
+def loop(name, q, k, v, how=None):
+    """One of the two shapes of loop, called as `attend` calls it; compiled anew, as a fault may be planted in it."""
     b, s, heads, width = q.shape
-    grouped = (q * np.float32(width**-0.5)).reshape(b, s, k.shape[2], heads // k.shape[2], width)
-    whole = {"_batched": _batched, "_by_group": _by_group}[name]
-    return np.asarray(jax.jit(whole, static_argnums=3)(grouped, k, v, Scores(1.0))).reshape(q.shape)
+    how, whole = how or Scores(width**-0.5), {"_batched": _batched, "_by_group": _by_group}[name]
+    grouped = (q * np.float32(how.scale)).reshape(b, s, k.shape[2], heads // k.shape[2], width)
+    return np.asarray(jax.jit(lambda *heads: whole(*heads, how))(grouped, k, v)).reshape(q.shape)
 
 
 @pytest.mark.parametrize("s, heads, groups", [(1, 6, 2), (3, 6, 2), (8, 6, 2), (13, 6, 2), (5, 4, 4), (6, 3, 1)])
@@ -57,6 +68,81 @@ def test_both_loops_equal_a_slow_softmax(name, s, heads, groups):
         assert np.abs(ours - slow(q, k, v, causal=False)).max() > 1e-2
     if 1 < groups < heads:
         assert np.abs(ours - slow(q, k, v, shared=False)).max() > 1e-2
+
+
+WINDOWS = (0, 1, 2, 3, 5, 100)
+SHAPES = [(1, 6, 2), (3, 6, 2), (8, 4, 4), (13, 6, 3), (17, 4, 2), (20, 3, 1)]
+
+
+@pytest.mark.parametrize("s, heads, groups", SHAPES)
+@pytest.mark.parametrize("name", ["_batched", "_by_group"])
+def test_windows_caps_and_scales(name, s, heads, groups):
+    """Windows of one key, shorter and longer than a piece (of 2, 2, 2, 4, 5 and 5 queries) and longer than all.
+    Controls: a window longer or shorter by one, a cap left out and the usual scale in place of the given one are far
+    away wherever a query sees more than one key."""
+    q, k, v = random_heads(s, heads, groups)
+    for window in WINDOWS:
+        how = Scores(0.9, window, 2.0)
+        ours = loop(name, q, k, v, how)
+        np.testing.assert_allclose(ours, slow(q, k, v, how), atol=1e-5, err_msg=str(how))
+        faults = [replace(how, cap=0.0), replace(how, scale=0.5)] if s > 1 and window != 1 else []
+        faults += [replace(how, window=window + 1)] if 0 < window < s else []
+        faults += [replace(how, window=window - 1)] if 1 < window <= s else []
+        for fault in faults:
+            assert np.abs(ours - slow(q, k, v, fault)).max() > 1e-2, (how, fault)
+
+
+@pytest.mark.parametrize("window", [2, 3, 5])
+@pytest.mark.parametrize("name", ["_batched", "_by_group"])
+def test_a_window_without_a_cap(name, window):
+    """The cap and the window do not need each other. Controls: with a cap, and without the window, far away."""
+    (q, k, v), how = random_heads(13), Scores(0.3, window)
+    ours = loop(name, q, k, v, how)
+    np.testing.assert_allclose(ours, slow(q, k, v, how), atol=1e-5)
+    for fault in (replace(how, cap=2.0), replace(how, window=0)):
+        assert np.abs(ours - slow(q, k, v, fault)).max() > 1e-2
+
+
+FAULTS = {
+    "keys taken for later ones": lambda start, first, how: (start, first + 1, how),
+    "keys taken for the first": lambda start, first, how: (start, 0, how),
+    "queries taken for the first": lambda start, first, how: (0, first, how),
+    "no window but the skipped keys": lambda start, first, how: (start, first, replace(how, window=0)),
+    "a window too long by one": lambda start, first, how: (start, first, replace(how, window=how.window + 1)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_pieces_is_seen(monkeypatch, fault):
+    """Each way to mistake where a piece's queries or keys lie. Its own control: with nothing planted, 1e-5."""
+    (q, k, v), how, right = random_heads(13), Scores(0.9, 3, 2.0), module._weights
+    expected = slow(q, k, v, how)
+    np.testing.assert_allclose(loop("_by_group", q, k, v, how), expected, atol=1e-5)
+    monkeypatch.setattr(module, "_weights", lambda scores, *where: right(scores, *FAULTS[fault](*where)))
+    assert not np.abs(loop("_by_group", q, k, v, how) - expected).max() < 1e-2  # or NaN, where nothing is seen
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "mistral"])
+def test_a_model_with_windows_is_the_same_in_both_loops(monkeypatch, tokens, name):
+    """Logits of one device and of eight within 1e-4 of values of order 10: windows of 4 or 5 on 11 tokens, cut into
+    pieces of 3. Control: the model without its windows gives others, in both."""
+    random, config = np.random.default_rng(5), HUB[name].config(dict(CONFIGS[name][0]))
+    lm = jax.tree.map(lambda x: jnp.asarray(random.normal(0.1, 0.3, x.shape), x.dtype), abstract_lm(config))
+    lm.config, made = config, {}
+
+    def logits(devices, unused, changed=config):
+        with monkeypatch.context() as patched:
+            patched.setattr(jax, "device_count", lambda: devices)
+            if jax.default_backend() == "cpu":
+                patched.setattr(module, unused, None)
+            other = jax.tree.map(lambda x: x, lm) if changed is config else rebuilt(lm, changed)
+            return np.asarray(jax.jit(lambda lm, tokens: lm(tokens))(other, tokens))
+
+    made = {devices: logits(devices, unused) for devices, unused in ((1, "_batched"), (8, "_by_group"))}
+    assert np.abs(made[1]).mean() > 0.3
+    np.testing.assert_allclose(made[1], made[8], atol=1e-4)
+    without = logits(1, "_batched", replace(config, windows=(), local_rope=None))
+    assert np.abs(without - made[1]).max() > 1e-2
 
 
 @pytest.mark.parametrize("devices, unused", [(1, "_batched"), (8, "_by_group")])
