@@ -47,14 +47,14 @@ def _short(model: Any) -> str:
 
 def learnt_under(facts: Mapping[str, Any]) -> str | None:
     """The processing of the model that a dictionary's file names: ours, or SAELens's arguments, which begin at no
-    processing (SAELens 6 loads `from_pretrained_no_processing`). None where the file does not say."""
+    processing (SAELens 6 loads `from_pretrained_no_processing`; `fold_ln` alone leaves the stream where it was). None
+    where the file does not say."""
     if isinstance(named := facts.get("processing"), str):
         return named
     arguments = facts.get("model_from_pretrained_kwargs")
     if facts.get("model_class_name", "HookedTransformer") != "HookedTransformer" or not isinstance(arguments, Mapping):
         return None
-    moved = arguments.get("center_writing_weights") or arguments.get("fold_ln")
-    return "transformer_lens" if moved else "none"
+    return "transformer_lens" if arguments.get("center_writing_weights") else "none"
 
 
 def differences(
@@ -69,7 +69,9 @@ def differences(
         said.append(f"was trained on activations of {learnt}, not of {scheme}")
     if (named := facts.get("model_name")) and named != model and _short(named) != _short(model):
         said.append(f"was trained on {named}")
-    if (before := facts.get("prepend_bos")) is not None and bos is not None and before != bos:
+    # SAELens wants a prepend_bos; of a token file, which does not say, ours is False and means nothing.
+    before = None if str(facts.get("dataset_path")).startswith("npy:") else facts.get("prepend_bos")
+    if before is not None and bos is not None and before != bos:
         said.append(f"was trained with prepend_bos {before}, these windows have {bos}")
     # Without LayerNorm the processing moves no activation of the stream, and neither does its absence.
     if (under := learnt_under(facts)) and under != config.processing and config.layer_norm:

@@ -232,6 +232,7 @@ def test_train_then_compare(inputs, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "t")) == ["run.json", "saes", "train"]
     cfg = json.loads((tmp_path / "t/saes/int4/cfg.json").read_text())
     assert cfg["metadata"]["quantization"] == "int4" and cfg["k"] == 4 and cfg["d_sae"] == 32
+    assert cfg["metadata"]["processing"] == "none"
     arms = {"--sae": str(tmp_path / "t/saes/fp"), "--retrained": str(tmp_path / "t/saes/int4")}
     assert main(words("compare", common | arms | {"--schemes": "int4", "--out": inputs["--out"]})) == 0
     capsys.readouterr()

@@ -68,6 +68,8 @@ class GGUF:
             if name in infos:
                 raise ValueError(f"tensor `{name}` stands there twice")
             infos[name] = (GGMLQuantizationType(kind), tuple(shape[::-1]), offset)
+        if at > self._bytes.size:
+            raise ValueError("it ends within its header")
         self._fields = found
         align = self.get("general.alignment", 32)
         if not isinstance(align, int) or align < 1:

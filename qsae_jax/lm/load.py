@@ -39,7 +39,7 @@ def load_lm(source: str, dtype: Any = jnp.float32, mesh: Mesh | None = None, pro
     check_processing(processing)
     path, mesh = fetch(source), mesh or make_mesh(1, 1)
     config, family, names, read = _open(path)
-    found = _mapped(family, names, config, str(path))
+    found = _mapped(family, names, config, read, str(path))
     return process(_fill(config, family, found, read, dtype, mesh, str(path)), processing, mesh)
 
 
@@ -49,8 +49,7 @@ def load_config(source: str) -> LMConfig:
 
 
 def _open(path: Path) -> tuple[LMConfig, Family, list[str], Reader]:
-    config, family, names, read = _open_folder(path) if path.is_dir() else _open_gguf(path)
-    return _checked(config), family, names, read
+    return _open_folder(path) if path.is_dir() else _open_gguf(path)
 
 
 def stored_as(source: str) -> str | None:
@@ -66,40 +65,70 @@ def stored_as(source: str) -> str | None:
 def _open_gguf(path: Path) -> tuple[LMConfig, Family, list[str], Reader]:
     file = GGUF(path)
     kind = file.get("general.architecture")
-    if kind not in GGML:
+    if not isinstance(kind, str) or kind not in GGML:
         raise UserError(f"`{path}`: architecture `{kind}` is not supported; supported: {', '.join(GGML)}")
     facts = {key.removeprefix(f"{kind}."): file.get(key) for key in file.keys(f"{kind}.")}
     if "token_embd.weight" not in file.shapes:
         raise UserError(f"`{path}` has no tensor `token_embd.weight`: it is not a whole model")
+    if ours := {"tied", "tensors", "rope_freqs"} & facts.keys():  # what is read off the tensors, under our names
+        raise UserError(f"unknown metadata key `{kind}.{min(ours)}`: it may change what the model computes")
     facts |= {"vocab_size": file.shapes["token_embd.weight"][0], "tied": "output.weight" not in file.shapes}
     facts |= {"tensors": frozenset(file.shapes)}
     if "rope_freqs.weight" in file.shapes:
         facts["rope_freqs"] = file.read("rope_freqs.weight")
-    return GGML[kind].config(facts), GGML[kind], list(file.shapes), file.read
+    return _config(GGML[kind], facts, list(file.shapes), path), GGML[kind], list(file.shapes), file.read
 
 
 def _open_folder(folder: Path) -> tuple[LMConfig, Family, list[str], Reader]:
     facts = read_json(folder / "config.json")
     kind = facts.get("model_type")
-    if kind not in HUB:
+    if not isinstance(kind, str) or kind not in HUB:
         raise UserError(
             f"`{folder}`: model_type `{kind}` is not supported{nearest(str(kind), HUB)}; supported: {', '.join(HUB)}"
         )
     shards = Shards(folder)
-    return HUB[kind].config(facts), HUB[kind], shards.names, shards.read
+    return _config(HUB[kind], facts, shards.names, folder), HUB[kind], shards.names, shards.read
+
+
+def _config(family: Family, facts: dict[str, Any], names: list[str], path: Path) -> LMConfig:
+    """The facts, of which a wrong number may neither overflow nor ask for more layers than any file holds."""
+    for key in ("num_hidden_layers", "n_layer", "block_count"):
+        if isinstance(layers := facts.get(key), int) and layers > len(names):
+            raise UserError(
+                f"`{path}` holds {len(names)} tensors, config key `{key}` is larger: it is not a whole model"
+            )
+    try:
+        return _checked(family.config(facts))
+    except UserError as error:
+        raise UserError(f"`{path}`: {error}") from error
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise UserError(f"`{path}`: its configuration is impossible ({error}): correct it") from error
 
 
 def _checked(c: LMConfig) -> LMConfig:
+    if max(c.vocab, c.d_model, c.n_heads, c.head_dim, c.d_ff, c.context) >= 2**31:
+        raise UserError("config: a size is 2**31 or more: correct it")
     if c.n_heads % c.n_kv_heads:
-        raise UserError(f"config: {c.n_heads} heads cannot share {c.n_kv_heads} key-value heads: correct config.json")
+        raise UserError(f"config: {c.n_heads} heads cannot share {c.n_kv_heads} key-value heads: correct it")
+    if c.rope and c.rope.dims > c.head_dim:
+        raise UserError(f"config: rotary positions on {c.rope.dims} of {c.head_dim} coordinates: correct it")
     if c.rope and c.rope.dims % 2:
-        raise UserError(f"config: head_dim {c.head_dim} is odd, rotary positions need an even one: correct config.json")
+        raise UserError(f"config: head_dim {c.head_dim} is odd, rotary positions need an even one: correct it")
     if c.head_dim < 1 or (c.rope is None and c.head_dim * c.n_heads != c.d_model):
-        raise UserError(f"config: width {c.d_model} is not a multiple of {c.n_heads} heads: correct config.json")
+        raise UserError(f"config: width {c.d_model} is not a multiple of {c.n_heads} heads: correct it")
     return c
 
 
-def _mapped(family: Family, names: list[str], config: LMConfig, path: str) -> list[Place]:
+def _check_tied(family: Family, names: list[str], head: str, read: Reader, path: str) -> None:
+    """A tied model's file may carry its head once more. Where it is another one, transformers leaves it untied."""
+    embeds = [name for name in names if (place := family.place(name)) and place.paths == ("embed",)]
+    if any(not np.array_equal(read(head), read(name)) for name in embeds):
+        raise UserError(
+            f"`{path}`: `{head}` is not the embedding, but the config ties them: write tie_word_embeddings false"
+        )
+
+
+def _mapped(family: Family, names: list[str], config: LMConfig, read: Reader, path: str) -> list[Place]:
     """Where each stored tensor goes."""
     found, strangers = dict[tuple[str, ...], Place](), []
     for name in names:
@@ -107,7 +136,7 @@ def _mapped(family: Family, names: list[str], config: LMConfig, path: str) -> li
         if place is None:
             strangers += [] if family.is_ignored(name) else [name]
         elif place.paths == ("head",) and config.tied:
-            continue  # older files carry it; transformers does not read it either
+            _check_tied(family, names, name, read, path)
         elif place.paths in found:
             raise UserError(f"`{path}`: tensors `{found[place.paths].stored}` and `{name}` are the same weight")
         else:
@@ -186,7 +215,9 @@ def _piece(value: np.ndarray, shift: float, dtype: Any, called: str) -> Callable
         part = value[index]
         part = np.ascontiguousarray(part.astype(np.float32) - np.float32(shift) if shift else part).astype(dtype)
         if not np.isfinite(part).all():
-            raise UserError(f"{called} holds NaN or infinite values as {np.dtype(dtype)}: download it again")
+            fits = np.isfinite(value[index]).all()
+            why = f"does not fit {np.dtype(dtype)}: load as float32" if fits else "holds NaN or infinite values"
+            raise UserError(f"{called} {why}" + ("" if fits else ": download it again"))
         return part
 
     return piece

@@ -1,4 +1,4 @@
-"""An LM back to a Hugging Face folder: the rows of its family read backwards."""
+"""An LM back to a Hugging Face folder, as transformers 5 reads it: the rows of its family read backwards."""
 
 import json
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ def save_lm(
     weights file's metadata, where transformers ignores it."""
     from safetensors.numpy import save_file
 
-    if lm.config.head_bias:
-        raise UserError("a model processed as TransformerLens does has no Hugging Face form: load it unprocessed")
+    if lm.config.processing != "none":
+        raise UserError(f"a model with processing {lm.config.processing} has no Hugging Face form: load it unprocessed")
     family = HUB[lm.config.family]
     assert family.export
     config = family.export(lm.config) | {"dtype": lm.embed[...].dtype.name}

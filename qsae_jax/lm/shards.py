@@ -6,6 +6,7 @@ tensor whole.
 """
 
 import json
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -28,7 +29,7 @@ class Shards:
         files, promised = _files(folder)
         for file in files:
             header, body = _open(file)
-            self.notes = self.notes or header.pop("__metadata__", {})
+            self.notes = self.notes or header.get("__metadata__") or {}
             header.pop("__metadata__", None)
             if twice := sorted(set(header) & set(home)):
                 raise UserError(
@@ -57,7 +58,10 @@ class Shards:
                 "use an unpacked checkpoint"
             )
         start, stop = entry["data_offsets"]
-        return body[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        try:
+            return body[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        except ValueError as error:  # more dimensions, or longer ones, than NumPy has
+            raise UserError(f"`{self._home[name]}`: tensor `{name}` cannot be read ({error})") from error
 
 
 def _open(file: Path) -> tuple[dict[str, dict], np.ndarray]:
@@ -70,6 +74,8 @@ def _open(file: Path) -> tuple[dict[str, dict], np.ndarray]:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
+        if not all(isinstance(entry, dict) for name, entry in header.items() if name != "__metadata__"):
+            raise ValueError("an entry of its header is no table")  # the library takes lists too
         size = file.stat().st_size - 8 - length
         body = np.memmap(file, np.uint8, "r", offset=8 + length) if size else np.zeros(0, np.uint8)
         return header, body.view(np.ndarray)
@@ -89,7 +95,7 @@ def _files(folder: Path) -> tuple[list[Path], list[str]]:
         raise UserError(f"`{index}` has no `weight_map`: download it again")
     files = sorted({folder / str(name) for name in weight_map.values()})
     for file in files:
-        if file.parent != folder or not file.is_file():
+        if file.parent != folder or not os.path.isfile(file):  # False for a name that is too long, too
             raise UserError(f"`{index}` names the shard `{file.name}`, which is not in the folder: download it")
     return files, list(weight_map)
 

@@ -14,6 +14,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from qsae_jax.errors import UserError
 from qsae_jax.lm.load import load_lm, stored_as
 from qsae_jax.lm.save import save_lm
 from qsae_jax.mesh import make_mesh
@@ -165,14 +166,18 @@ def test_round_trip_is_bit_equal(facts, tensors, write_folder, tmp_path, dtype):
 
 
 def test_a_tied_file_may_carry_its_head(facts, tensors, write_folder, tokens):
-    """Older files store `lm_head` beside the embedding; it is not read, as transformers does not read it."""
+    """Older files store `lm_head` beside the embedding: the same numbers once more. Control: other ones, of which
+    transformers makes an untied model, are refused."""
     facts["tie_word_embeddings"] = True
     given = tensors(facts)
     bare = load_lm(str(write_folder(facts, given)))
-    head = {"lm_head.weight": np.zeros_like(given["model.embed_tokens.weight"])}
+    head = {"lm_head.weight": given["model.embed_tokens.weight"].copy()}
     full = load_lm(str(write_folder(facts, given | head, "full")))
     assert distance(logits(bare, tokens), logits(full, tokens)) == 0
     assert float(jnp.abs(logits(full, tokens)).max()) > 1
+    head["lm_head.weight"][3, 5] += 1
+    with pytest.raises(UserError, match="tie_word_embeddings false"):
+        load_lm(str(write_folder(facts, given | head, "other")))
 
 
 def test_saving_replaces_a_folder_whole(facts, tensors, write_folder, tmp_path):

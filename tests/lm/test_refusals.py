@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from qsae_jax.cli import main
 from qsae_jax.errors import UserError
-from qsae_jax.lm.load import load_lm
+from qsae_jax.lm.families import HUB
+from qsae_jax.lm.load import load_config, load_lm
+from tests.lm.families import CONFIGS, FULL, LLAMA3, ROPE, SLIDING
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -62,6 +65,25 @@ def shards(index):
     return damage
 
 
+def in_two(again=(), promised=()):
+    """Two shards and their index; tensors `again` are in both, `promised` in none."""
+
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        names = sorted(tensors)
+        home = {name: f"model-{1 + (name in names[: len(names) // 2])}.safetensors" for name in names}
+        for shard in set(home.values()):
+            save_file({x: tensors[x] for x in names if home[x] == shard or x in again}, folder / shard)
+        index = {"weight_map": home | dict.fromkeys(promised, "model-1.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return damage
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
 def text(name, content):
     return lambda folder: (folder / name).write_text(content)
 
@@ -97,7 +119,15 @@ REFUSED = {
     "rope type": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 777.0}), "rope_type"),
     "rope factor": (config(rope_parameters={"rope_theta": 777.0, "factor": 8.0}), "factor"),
     "rope scaling": (config(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling"),
+    "rope yarn": (config(rope_parameters=ROPE | {"rope_type": "yarn"}), "'yarn'"),
+    "rope without a factor": (config(rope_parameters=ROPE | {"rope_type": "linear"}), "rope_parameters.factor"),
+    "rope of no width": (config(rope_parameters=LLAMA3 | {"low_freq_factor": 3.0}), "low_freq_factor 3.0"),
     "groups": (config(num_key_value_heads=3), "key-value heads"),
+    "heads": (config(num_attention_heads=5), "5 heads"),
+    "list of types": (config(model_type=["llama"]), "['llama']"),
+    "size beyond all": (config(hidden_size=2**40), "2**31"),
+    "number beyond all": (config(rms_norm_eps=10**400), "too large"),
+    "endless layers": (config(num_hidden_layers=10**9), "`num_hidden_layers`"),
     "odd width": (config(head_dim=3), "head_dim 3"),
     "other width": (config(head_dim=8), "k_proj"),
     "one layer less": (config(num_hidden_layers=2), "blocks.2."),
@@ -119,6 +149,12 @@ REFUSED = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
     "missing shard": (shards({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}), "model-2"),
     "shard elsewhere": (shards({"weight_map": {"a": "../model.safetensors"}}), "model.safetensors"),
+    "shard above": (shards({"weight_map": {"a": "sub/../../model-1.safetensors"}}), "model-1.safetensors"),
+    "shard of a long name": (shards({"weight_map": {"a": "n" * 5000}}), "not in the folder"),
+    "promised tensor": (in_two(promised=["model.extra.weight"]), "`model.extra.weight`, which no shard holds"),
+    "tensor in two shards": (in_two(again=[Q]), f"`{Q}` is in `model-1.safetensors` and in"),
+    "pickle alone": (pickled, "pickles are never read"),
+    "no tensors": (weights(dict.clear), "holds no tensors"),
     "no map of shards": (shards({"metadata": {}}), "weight_map"),
     "index of nothing": (shards([]), "index.json"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
@@ -126,6 +162,13 @@ REFUSED = {
     "config of a list": (text("config.json", "[]"), "config.json"),
     "config of bytes": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json"),
 }
+
+
+def refused(call, named):
+    with pytest.raises(UserError) as caught:
+        call()
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture
@@ -137,10 +180,49 @@ def folder(facts, tensors, write_folder):
 def test_refused(folder, damage, named):
     load_lm(str(folder))
     damage(folder)
-    with pytest.raises(UserError) as caught:
-        load_lm(str(folder))
-    assert named in str(caught.value)
-    assert "\n" not in str(caught.value)
+    refused(lambda: load_lm(str(folder)), named)
+
+
+IMPOSSIBLE = {
+    "layer_types: one too many": ("qwen2", {"layer_types": [FULL] * 4}, "layer_types"),
+    "layer_types: unknown": ("mistral", {"layer_types": [SLIDING, "chunked_attention", FULL]}, "layer_types"),
+    "layer_types: text": ("gemma2", {"layer_types": SLIDING}, "layer_types"),
+    "layer_types: lists": ("gemma3_text", {"layer_types": [[SLIDING]] * 3}, "layer_types"),
+    "no window, mistral": ("mistral", {"sliding_window": None, "layer_types": [SLIDING] * 3}, "`layer_types`"),
+    "no window, qwen2": ("qwen2", {"layer_types": [SLIDING] * 3}, "`sliding_window`"),
+    "no window, gemma2": ("gemma2", {"sliding_window": None}, "`sliding_window`"),
+    "first layer of text": ("qwen2", {"use_sliding_window": True, "max_window_layers": "two"}, "impossible"),
+    "odd share": ("gpt_neox", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "on 3 of"),
+    "share above one": ("gpt_neox", {"rope_parameters": ROPE | {"partial_rotary_factor": 2.0}}, "on 12 of 6"),
+    "heads of gpt2": ("gpt2", {"n_head": 5}, "not a multiple of 5"),
+    "heads beyond the width": ("gpt2", {"n_head": 25}, "impossible"),
+    "activation of gpt2": ("gpt2", {"activation_function": "quick_gelu"}, "quick_gelu"),
+    "activation of gemma": ("gemma2", {"hidden_activation": "mish"}, "mish"),
+    "infinite": ("gpt_neox", {"layer_norm_eps": float("inf")}, "`layer_norm_eps` is inf"),
+    "no number": ("gemma2", {"query_pre_attn_scalar": float("nan")}, "`query_pre_attn_scalar` is nan"),
+    "negative": ("gemma2", {"attn_logit_softcapping": -3.0}, "`attn_logit_softcapping` is -3.0"),
+    "truth": ("mistral", {"rms_norm_eps": True}, "`rms_norm_eps` is True"),
+    "number for a truth": ("llama", {"tie_word_embeddings": 1}, "`tie_word_embeddings` is 1"),
+    "list of sizes": ("llama", {"hidden_size": [24]}, "`hidden_size` is [24]"),
+}
+
+
+@pytest.mark.parametrize("kind, changes, named", IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
+def test_impossible_facts(write_folder, kind, changes, named):
+    """Each family's facts are read beside as many tensors as there may be layers; control: before the change."""
+    facts, some = CONFIGS[kind][0] | {"model_type": kind}, {f"x{i}": np.ones(1, np.float32) for i in range(4)}
+    assert load_config(str(write_folder(facts, some))) == HUB[kind].config(facts)
+    refused(lambda: load_config(str(write_folder(facts | changes, some))), named)
+
+
+@pytest.mark.parametrize("damage", ["rope yarn", "missing shard", "pickle alone", "list of types", "no tensors"])
+def test_points_tells_one_line(folder, damage, capsys):
+    """Status 2 and one line at the command line; control: 0 and a drawing before the damage."""
+    assert main(["points", "--model", str(folder)]) == 0 and capsys.readouterr().out
+    REFUSED[damage][0](folder)
+    assert main(["points", "--model", str(folder)]) == 2
+    told = capsys.readouterr()
+    assert REFUSED[damage][1] in told.err and told.err.count("\n") == 1 and told.out == ""
 
 
 @pytest.mark.parametrize(
@@ -149,6 +231,7 @@ def test_refused(folder, damage, named):
         config(use_cache=False, attention_dropout=0.1, eos_token_id=[1, 2], torch_dtype="bfloat16"),
         config(hidden_act="silu", rope_scaling=None, attention_bias=False),
         put("model.layers.0.self_attn.rotary_emb.inv_freq", np.ones(3, np.float32)),
+        in_two(),
     ],
 )
 def test_what_changes_nothing_is_not_refused(folder, tokens, harmless):

@@ -24,12 +24,14 @@ PUBLISHED = {
         "n_ctx": 64, "n_embd": 24, "n_head": 4, "n_layer": 2, "n_positions": 64, "vocab_size": 97,
         "activation_function": "gelu_new", "layer_norm_epsilon": 1e-05, "attn_pdrop": 0.1, "embd_pdrop": 0.1,
         "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1, "summary_use_proj": True,
-        "summary_proj_to_labels": True, "summary_type": "cls_index", "initializer_range": 0.02,
+        "summary_proj_to_labels": True, "summary_type": "cls_index", "n_special": 0,
+        "predict_special_tokens": True, "output_past": True, "initializer_range": 0.02,
         "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
     },
     "gpt_neox": SIZES | COMMON | {
         "hidden_act": "gelu", "layer_norm_eps": 1e-05, "max_position_embeddings": 64, "num_attention_heads": 2,
-        "rotary_emb_base": 9000, "rotary_pct": 0.34, "use_parallel_residual": True, "tie_word_embeddings": False,
+        "rotary_emb_base": 9000, "rotary_pct": 0.34, "use_parallel_residual": True, "partial_rotary_factor": 0.34,
+        "rope_theta": 9000, "tie_word_embeddings": False,
         "classifier_dropout": 0.1, "hidden_dropout": 0.0, "attention_dropout": 0.0, "rope_scaling": None,
     },
     "llama": SIZES | COMMON | {
@@ -46,7 +48,7 @@ PUBLISHED = {
     "qwen2": SIZES | COMMON | {
         "attention_dropout": 0.0, "hidden_act": "silu", "max_position_embeddings": 32768, "max_window_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
-        "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False,
+        "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False, "use_mrope": False,
     },
     "qwen3": SIZES | COMMON | {
         "attention_bias": False, "head_dim": 8, "hidden_act": "silu", "max_position_embeddings": 40960,
@@ -56,7 +58,8 @@ PUBLISHED = {
     },
     "gemma2": SIZES | COMMON | {
         "attention_bias": False, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "head_dim": 8,
-        "cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh", "rope_theta": 10000.0,
+        "cache_implementation": "hybrid", "sliding_window_size": 4096,
+        "hidden_act": "gelu_pytorch_tanh", "rope_theta": 10000.0,
         "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192, "num_attention_heads": 4,
         "num_key_value_heads": 2, "query_pre_attn_scalar": 8, "rms_norm_eps": 1e-06, "sliding_window": 4096,
     },

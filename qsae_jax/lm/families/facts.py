@@ -10,13 +10,15 @@ from qsae_jax.lm.rope import Rope, Slowed
 # Keys that do not change what the forward pass computes.
 # fmt: off
 IRRELEVANT = frozenset([
-    "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "bos_token_id", "cache_implementation",
-    "chunk_size_feed_forward", "classifier_dropout", "dtype", "embd_pdrop", "eos_token_id", "hidden_dropout",
-    "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "is_llama_config", "label2id",
-    "model_type", "n_ctx", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
-    "problem_type", "reorder_and_upcast_attn", "resid_pdrop", "return_dict", "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
-    "torch_dtype", "transformers.js_config", "transformers_version", "unk_token_id", "use_cache",
+    "_name_or_path", "_num_labels", "architectures", "attention_dropout", "attn_pdrop", "bos_token_id",
+    "cache_implementation", "chunk_size_feed_forward", "classifier_dropout", "dtype", "embd_pdrop", "eos_token_id",
+    "gradient_checkpointing", "hidden_dropout", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
+    "is_llama_config", "label2id", "model_type", "n_ctx", "n_special", "output_attentions", "output_hidden_states",
+    "output_past", "pad_token_id", "predict_special_tokens", "pretraining_tp", "problem_type",
+    "reorder_and_upcast_attn", "resid_pdrop", "return_dict", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "torch_dtype",
+    "transformers.js_config", "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version",
+    "use_cache",
 ])
 # fmt: on
 ACTIVATIONS = {
@@ -54,7 +56,7 @@ class Facts:
         if bad or (kind in (int, float) and not 0 < value < float("inf")):
             above = " above 0" if kind in (int, float) else ""
             raise UserError(
-                f"config key `{self.inside}{key}` is {value!r}, expected {kind.__name__}{above}: correct config.json"
+                f"config key `{self.inside}{key}` is {value!r}, expected {kind.__name__}{above}: correct it"
             )
         return value
 
@@ -80,7 +82,9 @@ class Facts:
         """A table inside; its unknown keys are unknown too."""
         value = self.get(key)
         if value is not None and not isinstance(value, Mapping):
-            raise UserError(f"config key `{self.inside}{key}` is {value!r}, expected a table: correct config.json")
+            raise UserError(
+                f"config key `{self.inside}{key}` is {value!r}, expected a table: correct the configuration"
+            )
         return Facts(value or {}, f"{self.inside}{key}.")
 
     def done(self) -> None:
@@ -103,27 +107,14 @@ def layer_windows(facts: Facts, layers: int, window: int, default: list[bool]) -
     return tuple(window if sliding else 0 for sliding in default) if any(default) else ()
 
 
-def rope(facts: Facts, dims: int, theta: float = 10000.0, key: str = "rope_theta") -> Rope:
-    """transformers 4 has `rope_theta` and `rope_scaling`, transformers 5 one dict `rope_parameters`."""
-    new, old = facts.inner("rope_parameters"), facts.inner("rope_scaling")
-    outside = facts.take(key, float, theta)
-    base = new.take("rope_theta", float, old.take("rope_theta", float, outside))
-    table = new if new.given else old
-    made = Rope(base, dims, _slowed(table))
-    _refuse_rest(new, old)
+def rope(new: Facts, old: Facts, dims: int, theta: float) -> Rope:
+    """The turns that a table of transformers 5 (`rope_parameters`) or 4 (`rope_scaling`, the base outside) describes;
+    where both stand there transformers follows the old one."""
+    base = new.take("rope_theta", float, old.take("rope_theta", float, theta))
+    made = Rope(base, dims, _slowed(old if old.given else new))
+    new.done()
+    old.done()
     return made
-
-
-def inner_rope(table: Facts, dims: int, theta: float, scaled: Facts | None = None) -> Rope:
-    """The turns that one table of `rope_parameters` describes; an old `rope_scaling` may stand beside it."""
-    made = Rope(table.take("rope_theta", float, theta), dims, _slowed(scaled if scaled and scaled.given else table))
-    _refuse_rest(table, *([scaled] if scaled else []))
-    return made
-
-
-def _refuse_rest(*tables: Facts) -> None:
-    for table in tables:
-        table.done()
 
 
 def _slowed(table: Facts) -> Slowed | None:
@@ -135,7 +126,9 @@ def _slowed(table: Facts) -> Slowed | None:
     if kind == "llama3":
         low, high = table.take("low_freq_factor", float), table.take("high_freq_factor", float)
         if low >= high:
-            raise UserError(f"config: low_freq_factor {low} is not below high_freq_factor {high}: correct config.json")
+            raise UserError(
+                f"config: low_freq_factor {low} is not below high_freq_factor {high}: correct the configuration"
+            )
         return Slowed(table.take("factor", float), low, high, table.take("original_max_position_embeddings", int))
     raise UserError(f"config key `{table.inside}rope_type` is {kind!r}: supported are default, linear and llama3")
 

@@ -5,7 +5,7 @@ rotary base of their own for windows (3)."""
 from typing import Any
 
 from qsae_jax.lm.config import LMConfig
-from qsae_jax.lm.families.facts import Facts, inner_rope, layer_windows, rope, rope_parameters
+from qsae_jax.lm.families.facts import Facts, layer_windows, rope, rope_parameters
 from qsae_jax.lm.families.llama import HUB_ACTIVATIONS, TRUNK, export_sizes, gguf_rope, gguf_sizes, gguf_trunk, sizes
 from qsae_jax.lm.families.table import Row
 from qsae_jax.lm.rope import Rope
@@ -18,7 +18,7 @@ ROWS: tuple[Row, ...] = (
     (_HUB + "post_feedforward_layernorm.weight", "blocks.{}.mlp_post.scale", "d -> d"),
 )
 GGUF_ROWS: tuple[Row, ...] = (
-    *gguf_trunk("(h k)"),
+    *gguf_trunk(interleaved=False),
     ("blk.{}.post_attention_norm.weight", "blocks.{}.attn_post.scale", "d -> d"),
     ("blk.{}.post_ffw_norm.weight", "blocks.{}.mlp_post.scale", "d -> d"),
 )
@@ -50,11 +50,12 @@ def _shared(facts: Facts, kv_heads: int, context: int) -> dict[str, Any]:
 def gemma2(facts: Facts) -> LMConfig:
     """A `config.json` of model_type gemma2."""
     shape = _shared(facts, kv_heads=4, context=8192)
-    n = shape["n_layers"]
+    n, base = shape["n_layers"], facts.take("rope_theta", float, 10000.0)
+    facts.get("sliding_window_size")  # stands in gemma-2-9b beside the key that is read
     return LMConfig(
         family="gemma2",
         **shape,
-        rope=rope(facts, shape["head_dim"]),
+        rope=rope(facts.inner("rope_parameters"), facts.inner("rope_scaling"), shape["head_dim"], base),
         windows=layer_windows(facts, n, facts.unless_null("sliding_window", int, 4096), _pattern(n, 2)),
         score_cap=facts.unless_null("attn_logit_softcapping", float, 50.0),
         logit_cap=facts.unless_null("final_logit_softcapping", float, 30.0),
@@ -72,8 +73,8 @@ def gemma3(facts: Facts) -> LMConfig:
     made = LMConfig(
         family="gemma3_text",
         **shape,
-        rope=inner_rope(tables.inner("full_attention"), width, base, facts.inner("rope_scaling")),
-        local_rope=inner_rope(tables.inner("sliding_attention"), width, local),
+        rope=rope(tables.inner("full_attention"), facts.inner("rope_scaling"), width, base),
+        local_rope=rope(tables.inner("sliding_attention"), Facts({}), width, local),
         windows=layer_windows(facts, n, facts.unless_null("sliding_window", int, 4096), _pattern(n, every)),
         qk_norm=True,
         logit_cap=facts.unless_null("final_logit_softcapping", float, 0.0),
@@ -138,9 +139,7 @@ def _whole(x: float) -> float | int:
 
 def export_gemma2(c: LMConfig) -> dict[str, Any]:
     assert c.rope
-    return _export(c, "gemma2", "Gemma2ForCausalLM") | {
-        "rope_parameters": rope_parameters(c.rope), "rope_theta": c.rope.theta
-    }  # fmt: skip
+    return _export(c, "gemma2", "Gemma2ForCausalLM") | {"rope_parameters": rope_parameters(c.rope)}
 
 
 def export_gemma3(c: LMConfig) -> dict[str, Any]:

@@ -37,10 +37,10 @@ ROWS: tuple[Row, ...] = (*TRUNK, (_HUB + "post_attention_layernorm.weight", "blo
 IGNORED = r".*\.rotary_emb\.inv_freq"
 
 
-def gguf_trunk(turned: str) -> tuple[Row, ...]:
-    """llama.cpp's names; `turned` is how the rows of q and k, which rotary turns, are stored."""
-    q, k = (f"{turned} -> {('h (two half)' if 'half' in turned else 'h k')}" for _ in range(2))
-    weight = "(h half two) d -> d h (two half)" if "half" in turned else "(h k) d -> d h k"
+def gguf_trunk(interleaved: bool) -> tuple[Row, ...]:
+    """llama.cpp's names. `interleaved`: the rows of q and k, which rotary turns, have their two halves interleaved."""
+    weight = "(h half two) d -> d h (two half)" if interleaved else "(h k) d -> d h k"
+    bias = "(h half two) -> h (two half)" if interleaved else "(h k) -> h k"
     return (
         ("token_embd.weight", "embed", "v d -> v d"),
         ("blk.{}.attn_norm.weight", "blocks.{}.attn_norm.scale", "d -> d"),
@@ -48,8 +48,8 @@ def gguf_trunk(turned: str) -> tuple[Row, ...]:
         ("blk.{}.attn_k.weight", "blocks.{}.attn.k", weight),
         ("blk.{}.attn_v.weight", "blocks.{}.attn.v", "(h k) d -> d h k"),
         ("blk.{}.attn_output.weight", "blocks.{}.attn.o", "d (h k) -> h k d"),
-        ("blk.{}.attn_q.bias", "blocks.{}.attn.q_bias", q),
-        ("blk.{}.attn_k.bias", "blocks.{}.attn.k_bias", k),
+        ("blk.{}.attn_q.bias", "blocks.{}.attn.q_bias", bias),
+        ("blk.{}.attn_k.bias", "blocks.{}.attn.k_bias", bias),
         ("blk.{}.attn_v.bias", "blocks.{}.attn.v_bias", "(h k) -> h k"),
         ("blk.{}.attn_output.bias", "blocks.{}.attn.o_bias", "d -> d"),
         ("blk.{}.attn_q_norm.weight", "blocks.{}.attn.q_norm.scale", "k -> k"),
@@ -66,9 +66,9 @@ def gguf_trunk(turned: str) -> tuple[Row, ...]:
     )
 
 
-# llama.cpp's converter stores the rows of Llama's q and k with the two rotary halves interleaved: (h half two).
-GGUF_ROWS = gguf_trunk("(h half two)")
-PLAIN_GGUF_ROWS = gguf_trunk("(h k)")
+# llama.cpp's converter interleaves them for Llama alone.
+GGUF_ROWS = gguf_trunk(interleaved=True)
+PLAIN_GGUF_ROWS = gguf_trunk(interleaved=False)
 GGUF_IGNORED = r"rope_freqs\.weight"  # read as a fact
 
 
@@ -91,7 +91,8 @@ def _made(facts: Facts, family: str, head_dim: int | None, shape: dict[str, Any]
     width = facts.take("head_dim", int, head_dim or shape["d_model"] // shape["n_heads"])
     tied = facts.take("tie_word_embeddings", bool, False)
     act = facts.activation("hidden_act", "silu")
-    turns = rope(facts, width)
+    base = facts.take("rope_theta", float, 10000.0)
+    turns = rope(facts.inner("rope_parameters"), facts.inner("rope_scaling"), width, base)
     rest = {"head_dim": width, "rope": turns, "tied": tied, "act": act, "score_scale": width**-0.5}
     return LMConfig(family=family, **shape, **rest, **features)
 
@@ -105,13 +106,16 @@ def llama(facts: Facts) -> LMConfig:
 
 
 def mistral(facts: Facts) -> LMConfig:
-    """model_type mistral: every layer has the window; null, as from version 0.2 on, is none."""
+    """model_type mistral: every layer has the window; null, as from version 0.2 on, is none. transformers does not
+    ask `layer_types`, so one that says otherwise is refused."""
     shape = sizes(facts, context=131_072, kv_heads=8)
     n, window = shape["n_layers"], facts.unless_null("sliding_window", int, 4096)
-    return _made(facts, "mistral", None, shape, windows=layer_windows(facts, n, window, [bool(window)] * n))
+    facts.only(layer_types=["sliding_attention" if window else "full_attention"] * n)
+    return _made(facts, "mistral", None, shape, windows=(window,) * n if window else ())
 
 
 def _qwen(facts: Facts, family: str, head_dim: int | None, **features: Any) -> LMConfig:
+    facts.only(use_mrope=False)
     shape = sizes(facts, context=32_768, kv_heads=32)
     window = facts.unless_null("sliding_window", int, 4096)
     window = window if facts.take("use_sliding_window", bool, False) else 0
@@ -164,6 +168,8 @@ def gguf_rope(facts: Facts, dims: int) -> Rope:
         raise UserError(
             f"GGUF key `rope.scaling.type` is {kind!r}: supported are none and linear, without `rope_freqs`"
         )
+    if divisors is not None and (divisors.shape != (dims // 2,) or not (divisors > 0).all()):
+        raise UserError(f"tensor `rope_freqs.weight` must hold {dims // 2} positive numbers: convert the file again")
     if divisors is None:
         return Rope(theta, dims, Slowed(factor) if kind == "linear" and factor != 1.0 else None)
     plain, slow = Rope(theta, dims), Slowed(float(np.max(divisors)), original=8192)
@@ -217,8 +223,7 @@ def export_sizes(c: LMConfig, kind: str, architecture: str) -> dict[str, Any]:
 def _export(c: LMConfig, kind: str, architecture: str, **more: Any) -> dict[str, Any]:
     assert c.rope
     act = {"hidden_act": HUB_ACTIVATIONS[c.act], "rope_parameters": rope_parameters(c.rope)}
-    # transformers 4 reads the base outside.
-    return export_sizes(c, kind, architecture) | act | {"rope_theta": c.rope.theta} | more
+    return export_sizes(c, kind, architecture) | act | more
 
 
 HUB_ACTIVATIONS = {"silu": "silu", "relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}

@@ -5,9 +5,10 @@ from typing import Any
 
 from qsae_jax.errors import UserError
 from qsae_jax.lm.config import LMConfig
-from qsae_jax.lm.families.facts import Facts, inner_rope, rope_parameters
+from qsae_jax.lm.families.facts import Facts, rope, rope_parameters
 from qsae_jax.lm.families.gpt2 import GGUF_ROWS as GPT2_GGUF_ROWS
 from qsae_jax.lm.families.table import Row
+from qsae_jax.lm.rope import Rope
 
 _HUB = "gpt_neox.layers.{}."
 ROWS: tuple[Row, ...] = (
@@ -39,7 +40,10 @@ def neox(facts: Facts) -> LMConfig:
     d, heads = facts.take("hidden_size", int, 6144), facts.take("num_attention_heads", int, 64)
     biased, table = facts.take("attention_bias", bool, True), facts.inner("rope_parameters")
     share = table.take("partial_rotary_factor", float, facts.take("rotary_pct", float, 0.25))
-    theta = facts.take("rotary_emb_base", float, facts.take("rope_theta", float, 10000.0))
+    theta, dims = facts.take("rotary_emb_base", float, 10000.0), _rotated(int(d // heads * share))
+    turns = rope(table, facts.inner("rope_scaling"), dims, theta)
+    # Written beside the keys that transformers reads, by some of its versions.
+    facts.only(rope_theta=turns.theta, partial_rotary_factor=share)
     return LMConfig(
         family="gpt_neox",
         vocab=facts.take("vocab_size", int, 50432),
@@ -50,7 +54,7 @@ def neox(facts: Facts) -> LMConfig:
         head_dim=d // heads,
         d_ff=facts.take("intermediate_size", int, 24576),
         norm_eps=facts.take("layer_norm_eps", float, 1e-5),
-        rope=inner_rope(table, _rotated(int(d // heads * share)), theta, facts.inner("rope_scaling")),
+        rope=turns,
         tied=facts.take("tie_word_embeddings", bool, False),
         context=facts.take("max_position_embeddings", int, 2048),
         act=facts.activation("hidden_act", "gelu"),
@@ -71,7 +75,8 @@ def _rotated(dims: int) -> int:
 
 
 def neox_gguf(facts: Facts) -> LMConfig:
-    """GGUF metadata of architecture gptneox, which does not name the activation: Pythia's, the exact GELU."""
+    """GGUF metadata of architecture gptneox, which does not name the activation: the exact GELU of Pythia, and
+    of GPT-NeoX-20B, the one model of 44 layers, its tanh form."""
     d, heads = facts.take("embedding_length", int), facts.take("attention.head_count", int)
     dims, theta = facts.take("rope.dimension_count", int), facts.take("rope.freq_base", float, 10000.0)
     has = facts.get("tensors")
@@ -86,10 +91,10 @@ def neox_gguf(facts: Facts) -> LMConfig:
         head_dim=d // heads,
         d_ff=facts.take("feed_forward_length", int),
         norm_eps=facts.take("attention.layer_norm_epsilon", float),
-        rope=inner_rope(Facts({}), _rotated(dims), theta),
+        rope=Rope(theta, _rotated(dims)),
         tied=facts.take("tied", bool),
         context=facts.take("context_length", int),
-        act="gelu",
+        act="gelu_tanh" if facts.take("block_count", int) == 44 else "gelu",
         score_scale=(d // heads) ** -0.5,
         parallel=facts.take("use_parallel_residual", bool, True),
         layer_norm=True,
@@ -103,9 +108,7 @@ def neox_gguf(facts: Facts) -> LMConfig:
 def export_neox(c: LMConfig) -> dict[str, Any]:
     assert c.rope
     share = c.rope.dims / c.head_dim
-    # transformers 4 reads the share and the base outside.
-    outside = {"rotary_pct": share, "rotary_emb_base": c.rope.theta}
-    return outside | {
+    return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
         "vocab_size": c.vocab,
