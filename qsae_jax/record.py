@@ -11,7 +11,9 @@ from typing import Any
 from qsae_jax.acts.tokens import Windows
 from qsae_jax.lm.config import LMConfig
 from qsae_jax.lm.load import stored_as
+from qsae_jax.lm.process import moves
 from qsae_jax.lm.sources import fetch
+from qsae_jax.lm.tap import Point
 from qsae_jax.recipe import TrainConfig
 from qsae_jax.sae.fit import Job
 
@@ -73,8 +75,8 @@ def differences(
     before = None if str(facts.get("dataset_path")).startswith("npy:") else facts.get("prepend_bos")
     if before is not None and bos is not None and before != bos:
         said.append(f"was trained with prepend_bos {before}, these windows have {bos}")
-    # Without LayerNorm the processing moves no activation of the stream, and neither does its absence.
-    if (under := learnt_under(facts)) and under != config.processing and config.layer_norm:
+    under = learnt_under(facts)
+    if under and under != config.processing and moves(config, Point.parse(point).site):
         said.append(f"was trained on a model with processing {under}, not {config.processing}: see --processing")
     if facts.get("dataset_path") == tokens:
         said.append("was trained on these tokens, or some of them: it is not judged on what it has not seen")

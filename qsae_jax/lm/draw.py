@@ -8,6 +8,7 @@ from flax import nnx
 from qsae_jax.lm.config import LMConfig
 from qsae_jax.lm.load import abstract_lm
 from qsae_jax.lm.model import LM, count_parameters
+from qsae_jax.lm.rope import Rope
 from qsae_jax.lm.tap import points, shapes_at
 
 ORDER = (
@@ -33,9 +34,11 @@ def _facts(name: str, lm: LM, bos: bool | None) -> Iterator[str]:
         f"{c.n_heads} heads of {c.head_dim} on {c.n_kv_heads} key-value heads, {mlp} mlp of {c.d_ff} ({c.act})"
         f"{beside}, {norm}{' before and after' if c.post_norms else ''}, eps {c.norm_eps:.3g}"
     )
-    turns = f"rotary of {c.rope.dims}, base {c.rope.theta:g}" if c.rope else "learned"
+    turns = f"rotary of {c.rope.dims}, base {c.rope.theta:g}{_slowed(c.rope)}" if c.rope else "learned"
     local = f", {c.local_rope.theta:g} in windows" if c.local_rope else ""
     yield f"positions {turns}{local}, context {c.context:,}; head {'tied' if c.tied else 'of its own'}"
+    scaled = f", embeddings times {c.embed_scale:.4g}" if c.embed_scale != 1 else ""
+    yield f"scores times {c.score_scale:.4g}{', queries and keys normed' if c.qk_norm else ''}{scaled}"
     if c.windows:
         sliding = [layer for layer, window in enumerate(c.windows) if window]
         yield f"a window of {max(c.windows)} in {len(sliding)} of {c.n_layers} blocks: {_ranges(sliding)}"
@@ -43,6 +46,13 @@ def _facts(name: str, lm: LM, bos: bool | None) -> Iterator[str]:
         yield f"caps: {c.score_cap or 'none'} on scores, {c.logit_cap or 'none'} on logits"
     if bos is not None:
         yield f"BOS before each window: {'yes' if bos else 'no'}"
+
+
+def _slowed(rope: Rope) -> str:
+    slow = rope.slowed
+    if slow is None:
+        return ""
+    return f" slowed by {slow.factor:g}" + (f" beyond {slow.original:,}" if slow.original else "")
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from qsae_jax.errors import UserError, nearest
+from qsae_jax.lm.config import LMConfig
 from qsae_jax.lm.layers import LayerNorm, RMSNorm
 from qsae_jax.lm.model import LM, Block
 from qsae_jax.mesh import place
@@ -37,6 +38,14 @@ def check_processing(name: str) -> str:
     if name not in PROCESSINGS:
         raise UserError(f"unknown processing `{name}`{nearest(name, PROCESSINGS)}; possible: {', '.join(PROCESSINGS)}")
     return name
+
+
+def moves(c: LMConfig, site: str) -> bool:
+    """Whether the processing changes the activations at a site: with LayerNorm all but what reads a norm and is not
+    a value; with RMSNorm what leaves the last norm, and values that had a bias."""
+    if c.layer_norm:
+        return site not in ("attn.q", "attn.k", "mlp.pre", "mlp.post")
+    return site == "final" or (site in ("attn.v", "attn.z") and c.qkv_bias)
 
 
 def process(lm: LM, name: str, mesh: Mesh) -> LM:

@@ -14,9 +14,9 @@ from qsae_jax.errors import UserError
 from qsae_jax.lm.families import HUB
 from qsae_jax.lm.layers import LayerNorm
 from qsae_jax.lm.load import abstract_lm, load_lm
-from qsae_jax.lm.process import as_transformer_lens, process
+from qsae_jax.lm.process import as_transformer_lens, moves, process
 from qsae_jax.lm.save import save_lm
-from qsae_jax.lm.tap import capture
+from qsae_jax.lm.tap import capture, points
 from qsae_jax.mesh import make_mesh
 from tests.lm.families import CONFIGS
 
@@ -72,6 +72,19 @@ def test_what_moves(tokens, name):
             np.testing.assert_allclose(norm.scale[...], 1.0 - new.config.norm_offset)
             assert not layer_norm or not np.any(norm.bias[...])
         assert block.attn.v_bias is None or not np.any(block.attn.v_bias[...])
+
+
+@pytest.mark.parametrize("name, i", [("gpt2", 0), ("gpt_neox", 2), ("llama", 0), ("llama", 2), ("gemma2", 0)])
+def test_which_points_move(tokens, name, i):
+    """`moves` against every point of a model in both forms: those that it names differ by more than 1e-3, the others
+    by less than 1e-4. Control: there are points of both kinds."""
+    lm = random_lm(name, i)
+    new = process(lm, "transformer_lens", make_mesh(1, 1))
+    a, b = (capture(x, points(lm))(tokens) for x in (lm, new))
+    apart = {point: float(np.abs(a[point] - b[point]).max()) for point in a}
+    assert {str(p) for p, d in apart.items() if d > 1e-3} == {str(p) for p in apart if moves(lm.config, p.site)}
+    assert all(d > 1e-3 or d < TOLERANCE for d in apart.values())
+    assert 0 < sum(moves(lm.config, p.site) for p in apart) < len(apart)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama"])
