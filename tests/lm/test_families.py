@@ -21,7 +21,7 @@ from qsae_jax.lm.families import HUB
 from qsae_jax.lm.load import abstract_lm, load_lm
 from qsae_jax.lm.rope import Rope
 from qsae_jax.lm.save import save_lm
-from qsae_jax.lm.tap import capture, points
+from qsae_jax.lm.tap import capture, patch, points
 from tests.lm.families import CONFIGS, FUSED, POINTS
 
 TOLERANCE, FAULT = 1e-4, 1e-3
@@ -218,3 +218,18 @@ def test_unknown_facts_are_refused(pair, tmp_path, name):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_sinks": 3}))
     with pytest.raises(UserError, match="attention_sinks"):
         load_lm(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_point_can_be_replaced_added_to_and_ablated(pair, tokens, name):
+    """At each point of the middle layer and the ends: zeros in its place change the logits, so does a vector added;
+    what it was in its place does not, by a bit."""
+    _, lm = pair(name, 0)
+    before = np.asarray(lm(tokens))
+    for point in [point for point in points(lm) if point.layer in (None, 1)]:
+        site = str(point)
+        np.testing.assert_array_equal(patch(lm, {site: lambda x: x})(tokens), before)
+        assert distance(patch(lm, {site: jnp.zeros_like})(tokens), before) > FAULT, site
+        ramp = patch(lm, {site: lambda x: x + jnp.linspace(-1, 1, x.shape[-1]).reshape((1,) * (x.ndim - 1) + (-1,))})
+        if (name, point.site) != ("gpt2", "attn.k"):  # the same for every key: the softmax does not see it
+            assert distance(ramp(tokens), before) > FAULT, site
