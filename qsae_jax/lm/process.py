@@ -15,6 +15,7 @@ attention and mlp, and those of queries and keys, stay.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def process(lm: LM, name: str, mesh: Mesh) -> LM:
     return place(_cast(new, dtype), mesh)
 
 
-def _cast(lm: LM, dtype: jnp.dtype | type) -> LM:
+def _cast(lm: LM, dtype: Any) -> LM:
     graph, state = nnx.split(lm)
     return nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), state))
 
