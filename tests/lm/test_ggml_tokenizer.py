@@ -192,7 +192,7 @@ def test_a_saved_folder_is_read_alike_by_transformers(packed, trained, tmp_path,
 
 
 @pytest.mark.parametrize("architecture, prefix", [("llama", True), ("gemma3", False)])
-def test_ids_are_those_of_transformers(packed, trained, architecture, prefix):
+def test_ids_are_those_of_transformers(torch, packed, trained, architecture, prefix):
     """From the same file, where transformers 5 follows the rule. The texts leave out where it does not: Llama's first
     space is not put before a space nor after a whole token (llama.cpp does both), whatever `add_space_prefix` says;
     Gemma's longest runs of spaces are joined by twos, and its merges go by id: in the published file and here that
@@ -234,7 +234,7 @@ PARAGRAPH = """In linear algebra, an 8-bit weight is w = s * (q - z).  Naïve ro
 
 @pytest.mark.slow
 @pytest.mark.skipif(not GEMMA.is_file(), reason="Gemma 3 270M was not fetched before")
-def test_gemma():
+def test_gemma(torch):
     """The published file: the ids of the rule and of transformers, and the text comes back. Known ones: BOS 2, a
     newline 107, two spaces 138. Control: the rule with a first space gives other ids."""
     from transformers import AutoTokenizer
