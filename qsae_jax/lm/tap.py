@@ -121,6 +121,16 @@ def resume(lm: LM, point: Point, tokens: Int[Array, "b s"], x: Float[Array, "b s
 def patch(
     lm: LM, edits: Mapping[str | Point, Callable[[Array], Array]]
 ) -> Callable[[Int[Array, "b s"]], Float[Array, "b s vocab"]]:
-    """A function from tokens to logits in which each named activation `x` is replaced by `edits[point](x)`."""
+    """A function from tokens to logits in which each named activation `x` is replaced by `edits[point](x)`, of the
+    same shape and cast to the same dtype."""
     at = {str(check_point(lm, point)): edit for point, edit in edits.items()}
-    return lambda tokens: lm(tokens, lambda name, x: at[name](x) if name in at else x)
+    if len(at) < len(edits):
+        raise UserError("patch: two names of one point among the edits: give one function for it")
+    return lambda tokens: lm(tokens, lambda name, x: _replaced(name, x, at[name](x)) if name in at else x)
+
+
+def _replaced(name: str, x: Array, y: Array) -> Array:
+    """What an edit gives in place of x. Integers left as such would make the whole stream after them integer."""
+    if (shape := getattr(y, "shape", None)) != x.shape:
+        raise UserError(f"patch: the function at `{name}` gives shape {shape} in place of {x.shape}: keep the shape")
+    return jax.numpy.asarray(y, x.dtype)

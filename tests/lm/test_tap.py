@@ -156,3 +156,18 @@ def test_two_edits_at_once(lm, tokens):
     )
     np.testing.assert_allclose(shift(tokens), lm(tokens), atol=1e-5)
     np.testing.assert_allclose(seen["x"] - 1, capture(lm, "blocks.0.resid_post")(tokens), atol=1e-5)
+
+
+def test_patch_holds_what_a_function_gives(lm, tokens):
+    """Zeros of whole numbers are zeros. Another shape, nothing at all, and one point under two names are refused;
+    control: the same names one at a time are not."""
+    site = "blocks.1.resid_post"
+    whole, zero = (patch(lm, {site: lambda x, d=d: np.zeros(x.shape, d)})(tokens) for d in (np.int32, np.float32))
+    np.testing.assert_array_equal(whole, zero)
+    for wrong in (lambda x: x[0, 0], lambda x: x[:1], lambda x: None):
+        with pytest.raises(UserError, match=r"blocks\.1\.resid_post.*keep the shape"):
+            patch(lm, {site: wrong})(tokens)
+    with pytest.raises(UserError, match="two names of one point"):
+        patch(lm, {site: jnp.zeros_like, "blocks.1.hook_resid_post": jnp.ones_like})
+    both = [patch(lm, {name: jnp.zeros_like})(tokens) for name in (site, "blocks.1.hook_resid_post")]
+    np.testing.assert_array_equal(*both)
