@@ -10,6 +10,7 @@ import pytest
 from qsae_jax.lm.load import abstract_lm
 from qsae_jax.lm.model import LMConfig
 from qsae_jax.lm.rope import Rope
+from tests.lm.families import randomised
 
 FACTS = {
     "model_type": "llama",
@@ -71,13 +72,7 @@ def llama(torch):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def make(**changes):
-        model = LlamaForCausalLM(LlamaConfig(**(FACTS | changes))).eval()
-        random = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for p in model.parameters():
-                noise = torch.randn(p.shape, generator=random) * 0.3
-                p.copy_(noise if p.ndim > 1 else 1 + noise)
-        return model
+        return randomised(torch, LlamaForCausalLM(LlamaConfig(**(FACTS | changes))))
 
     return make
 

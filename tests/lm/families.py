@@ -120,3 +120,13 @@ POINTS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA_POINTS)
 POINTS |= {"gemma2": GEMMA_POINTS, "gemma3_text": GEMMA_POINTS, "gpt2": GPT2_POINTS, "gpt_neox": NEOX_POINTS}
 # How a fused q, k, v lies in the last axis.
 FUSED = {"gpt2": "b s (three h k) -> three b s (h k)", "gpt_neox": "b s (h three k) -> three b s (h k)"}
+
+
+def randomised(torch, model):
+    """A model of transformers with random weights, norms and biases around one."""
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=random) * 0.3
+            p.copy_(noise if p.ndim > 1 else 1 + noise)
+    return model.eval()

@@ -22,7 +22,7 @@ from qsae_jax.lm.load import abstract_lm, load_lm
 from qsae_jax.lm.rope import Rope
 from qsae_jax.lm.save import save_lm
 from qsae_jax.lm.tap import capture, patch, points
-from tests.lm.families import CONFIGS, FUSED, POINTS
+from tests.lm.families import CONFIGS, FUSED, POINTS, randomised
 
 TOLERANCE, FAULT = 1e-4, 1e-3
 CASES = [(name, i) for name, configs in CONFIGS.items() for i in range(len(configs))]
@@ -37,13 +37,7 @@ def build(torch, name, facts):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(name, **json.loads(json.dumps(facts)))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    random = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn(p.shape, generator=random) * 0.3
-            p.copy_(noise if p.ndim > 1 else 1 + noise)
-    return model
+    return randomised(torch, AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,25 @@ class Facts:
             raise UserError(f"unknown config key {keys}: it may change what the model computes, so it is not ignored")
 
 
+def gguf_sizes(facts: Facts, eps: str) -> dict[str, Any]:
+    """What all GGUF metadata say, without the architecture's prefix; `eps` is the key of the norms' epsilon.
+    `vocab_size`, `tied` and `tensors` are read off the tensors."""
+    d, heads = facts.take("embedding_length", int), facts.take("attention.head_count", int)
+    facts.get("tensors")
+    return {
+        "vocab": facts.take("vocab_size", int),
+        "d_model": d,
+        "n_layers": facts.take("block_count", int),
+        "n_heads": heads,
+        "n_kv_heads": facts.take("attention.head_count_kv", int, heads),
+        "head_dim": d // heads,
+        "d_ff": facts.take("feed_forward_length", int),
+        "norm_eps": facts.take(eps, float),
+        "tied": facts.take("tied", bool),
+        "context": facts.take("context_length", int),
+    }
+
+
 def layer_windows(facts: Facts, layers: int, window: int, default: list[bool]) -> tuple[int, ...]:
     """The window of each layer: those that `layer_types` calls sliding, or by default those that the family's
     pattern does."""

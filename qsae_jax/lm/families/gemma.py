@@ -6,7 +6,7 @@ from typing import Any
 
 from qsae_jax.lm.config import LMConfig
 from qsae_jax.lm.families.facts import Facts, layer_windows, rope, rope_parameters
-from qsae_jax.lm.families.llama import HUB_ACTIVATIONS, TRUNK, export_sizes, gguf_rope, gguf_sizes, gguf_trunk, sizes
+from qsae_jax.lm.families.llama import HUB_ACTIVATIONS, TRUNK, export_sizes, gguf_rope, gguf_shape, gguf_trunk, sizes
 from qsae_jax.lm.families.table import Row
 from qsae_jax.lm.rope import Rope
 
@@ -85,7 +85,7 @@ def gemma3(facts: Facts) -> LMConfig:
 
 def _gguf_shared(facts: Facts, largest: int) -> dict[str, Any]:
     """Files do not say what queries are scaled by: llama.cpp knows it by the number of layers."""
-    shape = gguf_sizes(facts)
+    shape = gguf_shape(facts)
     scalar = shape["d_model"] / shape["n_heads"] if shape["n_layers"] == largest else shape["head_dim"]
     rest = {"act": "gelu_tanh", "score_scale": scalar**-0.5, "embed_scale": shape["d_model"] ** 0.5}
     return shape | ALIKE | rest

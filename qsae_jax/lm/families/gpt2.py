@@ -3,7 +3,7 @@
 from typing import Any
 
 from qsae_jax.lm.config import LMConfig
-from qsae_jax.lm.families.facts import Facts
+from qsae_jax.lm.families.facts import Facts, gguf_sizes
 from qsae_jax.lm.families.table import Row
 
 _HUB = "transformer.h.{}."
@@ -75,25 +75,8 @@ def gpt2(facts: Facts) -> LMConfig:
 
 
 def gpt2_gguf(facts: Facts) -> LMConfig:
-    d, heads = facts.take("embedding_length", int), facts.take("attention.head_count", int)
-    facts.get("tensors")
-    return LMConfig(
-        family="gpt2",
-        vocab=facts.take("vocab_size", int),
-        d_model=d,
-        n_layers=facts.take("block_count", int),
-        n_heads=heads,
-        n_kv_heads=facts.take("attention.head_count_kv", int, heads),
-        head_dim=d // heads,
-        d_ff=facts.take("feed_forward_length", int),
-        norm_eps=facts.take("attention.layer_norm_epsilon", float),
-        rope=None,
-        tied=facts.take("tied", bool),
-        context=facts.take("context_length", int),
-        act="gelu_tanh",
-        score_scale=(d // heads) ** -0.5,
-        **BIASED,
-    )
+    shape = gguf_sizes(facts, "attention.layer_norm_epsilon")
+    return LMConfig(family="gpt2", **shape, rope=None, act="gelu_tanh", score_scale=shape["head_dim"] ** -0.5, **BIASED)
 
 
 def export_gpt2(c: LMConfig) -> dict[str, Any]:

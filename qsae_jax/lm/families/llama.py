@@ -6,7 +6,7 @@ import numpy as np
 
 from qsae_jax.errors import UserError
 from qsae_jax.lm.config import LMConfig
-from qsae_jax.lm.families.facts import Facts, layer_windows, rope, rope_parameters
+from qsae_jax.lm.families.facts import Facts, gguf_sizes, layer_windows, rope, rope_parameters
 from qsae_jax.lm.families.table import Row
 from qsae_jax.lm.rope import Rope, Slowed, turns
 
@@ -137,24 +137,12 @@ def qwen3(facts: Facts) -> LMConfig:
     return _qwen(facts, "qwen3", 128, qk_norm=True, qkv_bias=biased, o_bias=biased)
 
 
-def gguf_sizes(facts: Facts) -> dict[str, Any]:
-    """GGUF metadata without the architecture's prefix; `vocab_size`, `tied` and `tensors` are read off the tensors."""
-    d, heads = facts.take("embedding_length", int), facts.take("attention.head_count", int)
-    width = facts.take("attention.key_length", int, d // heads)
+def gguf_shape(facts: Facts) -> dict[str, Any]:
+    """The sizes of a GGUF file of this form, whose heads may have a width of their own and turn whole."""
+    shape = gguf_sizes(facts, "attention.layer_norm_rms_epsilon")
+    width = facts.take("attention.key_length", int, shape["head_dim"])
     facts.only(**{"attention.value_length": width, "rope.dimension_count": width})
-    facts.get("tensors")
-    return {
-        "vocab": facts.take("vocab_size", int),
-        "d_model": d,
-        "n_layers": facts.take("block_count", int),
-        "n_heads": heads,
-        "n_kv_heads": facts.take("attention.head_count_kv", int, heads),
-        "head_dim": width,
-        "d_ff": facts.take("feed_forward_length", int),
-        "norm_eps": facts.take("attention.layer_norm_rms_epsilon", float),
-        "tied": facts.take("tied", bool),
-        "context": facts.take("context_length", int),
-    }
+    return shape | {"head_dim": width}
 
 
 def gguf_rope(facts: Facts, dims: int) -> Rope:
@@ -180,7 +168,7 @@ def gguf_rope(facts: Facts, dims: int) -> Rope:
 
 
 def _gguf(facts: Facts, family: str, **features: Any) -> LMConfig:
-    shape = gguf_sizes(facts)
+    shape = gguf_shape(facts)
     width = shape["head_dim"]
     return LMConfig(
         family=family, **shape, rope=gguf_rope(facts, width), act="silu", score_scale=width**-0.5, **features

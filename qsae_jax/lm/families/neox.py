@@ -5,7 +5,7 @@ from typing import Any
 
 from qsae_jax.errors import UserError
 from qsae_jax.lm.config import LMConfig
-from qsae_jax.lm.families.facts import Facts, rope, rope_parameters
+from qsae_jax.lm.families.facts import Facts, gguf_sizes, rope, rope_parameters
 from qsae_jax.lm.families.gpt2 import GGUF_ROWS as GPT2_GGUF_ROWS
 from qsae_jax.lm.families.table import Row
 from qsae_jax.lm.rope import Rope
@@ -38,34 +38,25 @@ GGUF_ROWS = tuple(row for row in GPT2_GGUF_ROWS if row[1] != "positions")
 def neox(facts: Facts) -> LMConfig:
     """A `config.json` of model_type gpt_neox."""
     d, heads = facts.take("hidden_size", int, 6144), facts.take("num_attention_heads", int, 64)
-    biased, table = facts.take("attention_bias", bool, True), facts.inner("rope_parameters")
+    table, width = facts.inner("rope_parameters"), d // heads
     share = table.take("partial_rotary_factor", float, facts.take("rotary_pct", float, 0.25))
-    theta, dims = facts.take("rotary_emb_base", float, 10000.0), _rotated(int(d // heads * share))
+    theta, dims = facts.take("rotary_emb_base", float, 10000.0), _rotated(int(width * share))
     turns = rope(table, facts.inner("rope_scaling"), dims, theta)
     # Written beside the keys that transformers reads, by some of its versions.
     facts.only(rope_theta=turns.theta, partial_rotary_factor=share)
-    return LMConfig(
-        family="gpt_neox",
-        vocab=facts.take("vocab_size", int, 50432),
-        d_model=d,
-        n_layers=facts.take("num_hidden_layers", int, 44),
-        n_heads=heads,
-        n_kv_heads=heads,
-        head_dim=d // heads,
-        d_ff=facts.take("intermediate_size", int, 24576),
-        norm_eps=facts.take("layer_norm_eps", float, 1e-5),
-        rope=turns,
-        tied=facts.take("tie_word_embeddings", bool, False),
-        context=facts.take("max_position_embeddings", int, 2048),
-        act=facts.activation("hidden_act", "gelu"),
-        score_scale=(d // heads) ** -0.5,
-        parallel=facts.take("use_parallel_residual", bool, True),
-        layer_norm=True,
-        gated=False,
-        qkv_bias=biased,
-        o_bias=biased,
-        mlp_bias=True,
-    )
+    shape = {
+        "vocab": facts.take("vocab_size", int, 50432),
+        "d_model": d,
+        "n_layers": facts.take("num_hidden_layers", int, 44),
+        "n_heads": heads,
+        "n_kv_heads": heads,
+        "head_dim": width,
+        "d_ff": facts.take("intermediate_size", int, 24576),
+        "norm_eps": facts.take("layer_norm_eps", float, 1e-5),
+        "tied": facts.take("tie_word_embeddings", bool, False),
+        "context": facts.take("max_position_embeddings", int, 2048),
+    }
+    return _made(facts, shape, turns, facts.activation("hidden_act", "gelu"), facts.take("attention_bias", bool, True))
 
 
 def _rotated(dims: int) -> int:
@@ -74,28 +65,13 @@ def _rotated(dims: int) -> int:
     return dims
 
 
-def neox_gguf(facts: Facts) -> LMConfig:
-    """GGUF metadata of architecture gptneox, which does not name the activation: the exact GELU of Pythia, and
-    of GPT-NeoX-20B, the one model of 44 layers, its tanh form."""
-    d, heads = facts.take("embedding_length", int), facts.take("attention.head_count", int)
-    dims, theta = facts.take("rope.dimension_count", int), facts.take("rope.freq_base", float, 10000.0)
-    has = facts.get("tensors")
-    biased = "blk.0.attn_qkv.bias" in has
+def _made(facts: Facts, shape: dict[str, Any], turns: Rope, act: str, biased: bool) -> LMConfig:
     return LMConfig(
         family="gpt_neox",
-        vocab=facts.take("vocab_size", int),
-        d_model=d,
-        n_layers=facts.take("block_count", int),
-        n_heads=heads,
-        n_kv_heads=facts.take("attention.head_count_kv", int, heads),
-        head_dim=d // heads,
-        d_ff=facts.take("feed_forward_length", int),
-        norm_eps=facts.take("attention.layer_norm_epsilon", float),
-        rope=Rope(theta, _rotated(dims)),
-        tied=facts.take("tied", bool),
-        context=facts.take("context_length", int),
-        act="gelu_tanh" if facts.take("block_count", int) == 44 else "gelu",
-        score_scale=(d // heads) ** -0.5,
+        **shape,
+        rope=turns,
+        act=act,
+        score_scale=shape["head_dim"] ** -0.5,
         parallel=facts.take("use_parallel_residual", bool, True),
         layer_norm=True,
         gated=False,
@@ -103,6 +79,15 @@ def neox_gguf(facts: Facts) -> LMConfig:
         o_bias=biased,
         mlp_bias=True,
     )
+
+
+def neox_gguf(facts: Facts) -> LMConfig:
+    """GGUF metadata of architecture gptneox, which does not name the activation: the exact GELU of Pythia, and
+    of GPT-NeoX-20B, the one model of 44 layers, its tanh form."""
+    shape = gguf_sizes(facts, "attention.layer_norm_epsilon")
+    dims, theta = facts.take("rope.dimension_count", int), facts.take("rope.freq_base", float, 10000.0)
+    act, biased = "gelu_tanh" if shape["n_layers"] == 44 else "gelu", "blk.0.attn_qkv.bias" in facts.get("tensors")
+    return _made(facts, shape, Rope(theta, _rotated(dims)), act, biased)
 
 
 def export_neox(c: LMConfig) -> dict[str, Any]:
