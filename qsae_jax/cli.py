@@ -53,6 +53,8 @@ def parser() -> Parser:
     quantize.add_argument("--model", required=True)
     quantize.add_argument("--scheme", required=True)
     _out(quantize, required=True)
+    for verb in (audit, train, compare, quantize):
+        verb.add_argument("--layers", default="", metavar="4-8", help="distort only these blocks, counted from 0")
     verbs.add_parser("report", help="write DIR/report.html again").add_argument("folder", metavar="DIR")
     verbs.add_parser("schemes", help="the names of schemes and what they mean")
     verbs.add_parser("points", help="draw a model: its blocks, shapes, parameters and points").add_argument(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import tomllib
 import types
 import typing
@@ -52,7 +53,7 @@ def _converted(hint: Any, value: Any, name: str) -> Any:
     origin = typing.get_origin(hint)
     if origin is tuple:
         if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
+            value = [part for part in split_list(value) if part]
         if not isinstance(value, list):
             raise UserError(f"key `{name}` is {value!r}, expected a list")
         return tuple(_converted(typing.get_args(hint)[0], item, name) for item in value)
@@ -79,6 +80,28 @@ def _scalar(hint: type, value: Any, name: str) -> Any:
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         raise UserError(f"key `{name}` does not hold {hint.__name__}: correct its value")
     return value
+
+
+def split_list(text: str) -> list[str]:
+    """The items of a comma-separated list; a comma in brackets or braces belongs to its item."""
+    return [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", text)]
+
+
+def expanded(text: str) -> list[str]:
+    """What braces stand for, as in a shell: `int{8..6}` is int8, int7, int6, and `a{b,c}` ab, ac."""
+    found = re.search(r"\{([^{}]*)\}", text)
+    if not found:
+        if unpaired := next((sign for sign in "{}" if sign in text), None):
+            raise UserError(f"`{text}`: `{unpaired}` has no partner: write for example int{{8..2}}")
+        return [text]
+    inner = found[1]
+    if span := re.fullmatch(r"(\d{1,4})\.\.(\d{1,4})", inner):
+        first, last = map(int, span.groups())
+        choices = [str(i) for i in range(first, last + 1)] or [str(i) for i in range(first, last - 1, -1)]
+    else:
+        choices = [choice.strip() for choice in inner.split(",")]
+    before, after = text[: found.start()], text[found.end() :]
+    return [whole for choice in choices for whole in expanded(before + choice + after)]
 
 
 def with_settings(tables: dict[str, Any], settings: typing.Sequence[str]) -> dict[str, Any]:

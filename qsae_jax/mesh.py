@@ -6,6 +6,7 @@ axes are `AxisType.Auto`: under explicit axes a top-k over sharded latents is re
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +29,18 @@ def make_mesh(data: int = 0, model: int = 1) -> Mesh:
         raise UserError(f"mesh {data}x{model} needs {data * model} devices, {have} are here: choose a smaller mesh")
     devices = jax.devices()[: data * model]
     return jax.make_mesh((data, model), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def free_bytes() -> int:
+    """Memory that is free for arrays: of the first device, or where it does not say (a CPU) of the machine."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 8 << 30
 
 
 def parse_mesh(text: str) -> Mesh:

@@ -67,8 +67,10 @@ class Study:
     point: str
     schemes: tuple[str, ...]
     """Schemes of the audit."""
-    compare: str
-    """The scheme whose model a dictionary is retrained on."""
+    compare: str = ""
+    """The scheme whose model a dictionary is retrained on; without one nothing is compared."""
+    dictionary: str = ""
+    """A dictionary that is there already, in place of training one: a folder in SAELens format."""
     tokens: TokensConfig = field(default_factory=TokensConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
     train: TrainTwiceConfig = field(default_factory=TrainTwiceConfig)
@@ -81,6 +83,8 @@ class Study:
 
     def __post_init__(self) -> None:
         check_processing(self.processing)
+        if self.dictionary and self.compare:
+            raise UserError("key `compare` retrains, key `dictionary` takes what is there: leave one of them out")
 
 
 # Sized for 8 minutes on two slow cores: a matrix product at 110 GFLOP/s, of which most of the time is made.

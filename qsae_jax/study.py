@@ -32,10 +32,10 @@ from qsae_jax.progress import progress
 from qsae_jax.quant.fake import fake_quantize
 from qsae_jax.quant.scheme import parse_scheme, parse_schemes
 from qsae_jax.recipe import Study
-from qsae_jax.record import described, learned, notes_on, origin, stamp
+from qsae_jax.record import described, differences, learned, notes_on, origin, stamp
 from qsae_jax.report import write_report
 from qsae_jax.sae.fit import Job, fit, forget_steps
-from qsae_jax.sae.formats import FILES, load_sae, save_sae
+from qsae_jax.sae.formats import FILES, load_sae, load_stored, save_sae
 from qsae_jax.sae.model import SAE
 
 
@@ -49,14 +49,19 @@ class Stages:
 
     def __post_init__(self) -> None:
         s = self.study
-        if not any(scheme.bits for scheme in parse_schemes(",".join(s.schemes))):
+        self.schemes = parse_schemes(",".join(s.schemes))
+        if all(scheme.full for scheme in self.schemes):
             raise UserError("key `schemes` names only `fp`, which is the reference: add one to audit, for example int4")
         self.mesh = parse_mesh(s.mesh)
-        self.scheme = str(parse_scheme(s.compare))
+        self.scheme = str(parse_scheme(s.compare)) if s.compare else ""
         if self.scheme == "fp":
             raise UserError("key `compare` is `fp`: name the scheme to compare full precision with, for example int4")
-        self.jobs = {"fp": Job("fp", s.train.seed), self.scheme: Job(self.scheme, s.train.seed)}
-        self.jobs |= {f"fp-seed{s.train.reseed}": Job("fp", s.train.reseed)}
+        self.jobs = {"fp": Job("fp", s.train.seed)}
+        if self.scheme:
+            self.jobs |= {
+                self.scheme: Job(self.scheme, s.train.seed),
+                f"fp-seed{s.train.reseed}": Job("fp", s.train.reseed),
+            }
         self.record = self._record()
 
     @cached_property
@@ -89,9 +94,14 @@ class Stages:
             s.mesh,
         ]
         self._stage("tokens", tokens, ["tokens.npy", "tokens.json"], self._tokens)
-        self._stage("train", training, [f"saes/{name}/{file}" for name in self.jobs for file in FILES], self._train)
+        if s.dictionary:
+            training += [s.dictionary, stamp(s.dictionary)]
+        else:
+            files = [f"saes/{name}/{file}" for name in self.jobs for file in FILES]
+            self._stage("train", training, files, self._train)
         self._stage("audit", [*training, s.schemes], ["audit.json", "features.parquet"], self._audit)
-        self._stage("compare", [*training, t.compare], ["compare.json"], self._compare)
+        if self.scheme:
+            self._stage("compare", [*training, t.compare], ["compare.json"], self._compare)
         return write_report(self.out)
 
     def _record(self) -> dict[str, Any]:
@@ -137,7 +147,7 @@ class Stages:
             raise UserError(
                 f"tokens: {len(self.windows)} windows, {held} of them held out: nothing is left to train on"
             )
-        twins = {"fp": self.lm, self.scheme: fake_quantize(self.lm, self.scheme)}
+        twins = {"fp": self.lm} | ({self.scheme: fake_quantize(self.lm, self.scheme)} if self.scheme else {})
         stream = ActivationStream(
             twins,
             check_point(self.lm, s.point),
@@ -159,9 +169,15 @@ class Stages:
 
     def _audit(self) -> None:
         s = self.study
-        facts = self.facts | {"sae": "saes/fp"}
-        windows = self._held_out(s.tokens.audit)
-        judged = audit(self.lm, self._sae("fp"), windows, s.schemes, s.point, skip_first=s.tokens.skip_first,
+        windows, folder = self._held_out(s.tokens.audit), s.dictionary or self.out / "saes" / "fp"
+        stored = load_stored(folder, self.mesh)
+        facts = self.facts | {"sae": s.dictionary or "saes/fp"}
+        if s.dictionary:
+            bos = None if s.tokens.source.startswith("npy:") else windows.bos
+            said = differences(stored.metadata, model=s.model, config=self.lm.config, point=s.point, scheme="fp",
+                               tokens=s.tokens.source, bos=bos)  # fmt: skip
+            facts["notes"] = [*facts["notes"], *(f"The dictionary {s.dictionary} {what}." for what in said)]
+        judged = audit(self.lm, stored.sae, windows, self.schemes, s.point, skip_first=s.tokens.skip_first,
                        batch=s.batch, mesh=self.mesh, facts=facts)  # fmt: skip
         judged.write(self.out)
 

@@ -17,10 +17,11 @@ from qsae_jax.lm.save import save_lm
 from qsae_jax.lm.tap import Point, check_point
 from qsae_jax.lm.tokenizer import load_tokenizer
 from qsae_jax.mesh import parse_mesh
-from qsae_jax.quant import grid
+from qsae_jax.quant import control, ggml, grid, group, mx, names, rounding, scale, where
 from qsae_jax.quant import scheme as scheme_names
-from qsae_jax.quant.fake import fake_quantize, weight_errors
-from qsae_jax.quant.scheme import EXAMPLES, parse_scheme, parse_schemes
+from qsae_jax.quant.fake import departures, fake_quantize, weight_errors
+from qsae_jax.quant.names import EXAMPLES
+from qsae_jax.quant.scheme import Scheme, parse_scheme, parse_schemes
 from qsae_jax.recipe import DEMO, TrainConfig, read_study
 from qsae_jax.record import described, differences, learned, notes_on, origin
 from qsae_jax.report import write_report
@@ -41,7 +42,7 @@ def run(given: Namespace, command: str) -> None:
 
 
 def audit(given: Namespace, command: str) -> None:
-    out, names = make_folder(Path(given.out)), parse_schemes(given.schemes)
+    out, names = make_folder(Path(given.out)), _schemes(given)
     mesh = parse_mesh(given.mesh)
     stored = load_stored(given.sae, mesh)
     point = _point(given, stored)
@@ -57,7 +58,7 @@ def audit(given: Namespace, command: str) -> None:
 
 
 def train(given: Namespace, command: str) -> None:
-    out, schemes = make_folder(Path(given.out)), parse_schemes(given.schemes)
+    out, schemes = make_folder(Path(given.out)), _schemes(given)
     defaults = {"sae": {"sparsity": given.sae}, "train": {}}
     tables = with_settings(defaults, given.set)
     if unknown := set(tables) - {"sae", "train"}:
@@ -82,7 +83,7 @@ def train(given: Namespace, command: str) -> None:
 
 def compare(given: Namespace, command: str) -> None:
     out = make_folder(Path(given.out))
-    scheme, *more = parse_schemes(given.schemes)
+    scheme, *more = _schemes(given)
     if more:
         raise UserError(f"compare takes one scheme, `{given.schemes}` names {len(more) + 1}: run it once for each")
     mesh = parse_mesh(given.mesh)
@@ -106,11 +107,13 @@ def compare(given: Namespace, command: str) -> None:
 
 
 def quantize(given: Namespace, command: str) -> None:
-    scheme = parse_scheme(given.scheme)
+    scheme = parse_scheme(given.scheme).within(given.layers)
     out = Path(given.out)
     if out.resolve() == Path.cwd() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"`{out}` is there already and not a new or empty folder: choose another --out")
     lm = load_lm(given.model)
+    for note in departures(lm, scheme):
+        print(f"note: {note}")
     twin = fake_quantize(lm, scheme)
     try:
         tokenizer = load_tokenizer(given.model)
@@ -128,8 +131,8 @@ def report(given: Namespace, command: str) -> None:
 
 
 def schemes(given: Namespace, command: str) -> None:
-    print((scheme_names.__doc__ or "").split("\n\n", 1)[1])
-    print((grid.__doc__ or "").split("\n\n", 1)[1] + "\n")
+    for page in (scheme_names, names, where, grid, group, scale, rounding, mx, ggml, control):
+        print((page.__doc__ or "").strip() + "\n")
     print("examples: " + " ".join(EXAMPLES))
 
 
@@ -151,6 +154,10 @@ def _record(given: Namespace, command: str, out: Path) -> None:
     file = out / "run.json"
     if not (file.is_file() and read_json(file).get("stages")):
         write_json(file, described(command, vars(given)))
+
+
+def _schemes(given: Namespace) -> tuple[Scheme, ...]:
+    return tuple(scheme.within(given.layers) for scheme in parse_schemes(given.schemes))
 
 
 def _windows(given: Namespace, lm: LM) -> Windows:

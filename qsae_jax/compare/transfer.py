@@ -64,7 +64,7 @@ def compare(
 ) -> Comparison:
     """Judge a full-precision dictionary against one retrained on the quantized model, on held-out windows."""
     point, scheme, mesh = check_point(lm, point), parse_scheme(scheme), mesh or make_mesh(1, 1)
-    if not scheme.bits:
+    if scheme.full:
         raise UserError("compare at `fp`: name the scheme to compare full precision with, for example int4")
     check_windows(windows, skip_first, lm.config.context)
     saes = {"sae": sae, "retrained": retrained} | ({"reseeded": reseeded} if reseeded else {})

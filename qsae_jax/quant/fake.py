@@ -1,82 +1,153 @@
-"""fake_quantize(lm, scheme): a new model whose linear weights are rounded to the scheme's grid and stored back as
-floating point, with the error of each matrix. The model given is untouched.
+"""fake_quantize(lm, scheme): a new model whose weights are distorted as the scheme says and stored back as floating
+point, with the error of each matrix. The model given is untouched.
 
-Only `Linear` weights are distorted: the matrices of the blocks. Embedding, head and norms stay as they are, and
-are shared with the original, not copied.
+Only what a rule of the scheme takes is distorted; the rest is shared with the original, not copied. Gradients pass
+through as if nothing had been rounded, so that a model can be trained through its quantizer.
 """
 
 import zlib
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from qsae_jax.errors import UserError
 from qsae_jax.lm.layers import Linear
 from qsae_jax.lm.model import LM
-from qsae_jax.quant.control import matched_noise
-from qsae_jax.quant.grid import Bounds, IntGrid, from_codes, to_codes
-from qsae_jax.quant.scale import RULES
+from qsae_jax.quant.control import Matched
+from qsae_jax.quant.ggml import Ggml, kept_as
+from qsae_jax.quant.group import DUAN2026
+from qsae_jax.quant.how import How
+from qsae_jax.quant.rounding import straight_through
+from qsae_jax.quant.scaled import Scaled
 from qsae_jax.quant.scheme import Scheme, parse_scheme
+from qsae_jax.quant.where import OUTSIDE, check_used
 
 
-@partial(jax.jit, static_argnames=("n_in", "group", "convention"))
-def round_weight(w: Float[Array, "..."], b: Bounds, n_in: int, group: int, convention: str) -> Float[Array, "..."]:
-    """A weight `[in..., out...]` rounded to a grid, in its own shape and dtype.
+@partial(jax.jit, static_argnames=("form", "n_in"))
+def _distorted(w: Float[Array, "..."], numbers: Any, key: Array, form: How, n_in: int) -> Float[Array, "..."]:
+    matrix, back = _as_matrix(jax.lax.stop_gradient(w).astype(jnp.float32), form, n_in)
+    return straight_through(w, back(form.round(matrix, numbers, key)).astype(w.dtype))
 
-    The `n_in` leading dimensions, flattened in order, are the input features; a group is `group` consecutive inputs
-    of one output channel. The last group of a channel may be shorter: it is padded with zeros, which change no
-    largest magnitude and no range that includes zero.
-    """
+
+def _as_matrix(w: Array, form: How, n_in: int) -> tuple[Array, Any]:
+    """`[inputs, outputs]`, and the way back. `n_in` leading dimensions are the inputs, flattened in order; 0 is a
+    matrix of rows as it stands in a file, `[outputs, inputs]`."""
+    if not n_in:
+        return w.T, lambda x: x.T
+    if getattr(form, "groups", None) == DUAN2026 and n_in == 1 and w.ndim == 3:
+        d, h, k = w.shape
+        return w.reshape(d * h, k), lambda x: x.reshape(d, h, k)
     n = int(np.prod(w.shape[:n_in]))
-    x = w.astype(jnp.float32).reshape(n, -1).T
-    out = x.shape[0]
-    size = {0: n, -1: n * out}.get(group, group)
-    x = x.reshape(1, 1, n * out) if group == -1 else jnp.pad(x, ((0, 0), (0, -n % size))).reshape(out, -1, size)
-    scale, zero = RULES[convention](x, b)
-    x = from_codes(to_codes(x, scale, zero, b), scale, zero)
-    x = x.reshape(out, -1)[:, :n]
-    return x.T.reshape(w.shape).astype(w.dtype)
+    return w.reshape(n, -1), lambda x: x.reshape(w.shape)
+
+
+def round_weight(w: Float[Array, "..."], how: How, n_in: int = 1, path: str = "") -> Float[Array, "..."]:
+    """A weight `[in..., out...]` distorted, in its own shape and dtype. Its path and the draw seed what is random."""
+    key = jax.random.fold_in(jax.random.key(how.draw), zlib.crc32(path.encode()))
+    return _distorted(w, how.numbers(), key, form=how.form(), n_in=n_in)
+
+
+def _round_leaf(path: str, leaf: nnx.Variable, how: How) -> nnx.Variable:
+    """On a mesh every device rounds the whole matrix: sums then run in one order, and codes are the same everywhere."""
+    w, n_in = leaf.get_value(), leaf.get_metadata().get("n_in", 0)
+    at = None if isinstance(w, Tracer) else w.sharding
+    if isinstance(at, NamedSharding) and at.mesh.size > 1:
+        whole = jax.device_put(w, NamedSharding(at.mesh, PartitionSpec()))
+        return leaf.replace(jax.device_put(round_weight(whole, how, n_in, path), at))
+    return leaf.replace(round_weight(w, how, n_in, path))
 
 
 def linear_weights(lm: LM) -> Iterator[tuple[str, Linear]]:
-    """(path, weight) of every matrix that a scheme acts on, in a fixed order."""
+    """(path, weight) of every matrix of the blocks, in a fixed order."""
     for path, leaf in nnx.to_flat_state(nnx.state(lm)):
         if isinstance(leaf, Linear):
             yield ".".join(map(str, path)), leaf
 
 
+def weights(lm: LM) -> dict[str, nnx.Variable]:
+    """What a scheme may take: the matrices of the blocks, embedding and head."""
+    state = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(lm))}
+    return {path: leaf for path, leaf in state.items() if isinstance(leaf, Linear) or path in OUTSIDE}
+
+
+def assigned(lm: LM, scheme: Scheme) -> dict[str, How]:
+    """Path -> what is done to the weight there: the first rule that takes it decides. A rule that none falls to, and
+    a control that is still to be matched, are refused."""
+    if scheme.matched:
+        raise UserError(f"scheme `{scheme}` is found by perplexity, on the tokens of an audit: run qsae audit with it")
+    paths, found = list(weights(lm)), {}
+    for rule in scheme.rules:
+        meant = [path for path in paths if rule.where.takes(path)]
+        fresh = [path for path in meant if path not in found]
+        check_used(scheme, rule.where, len(fresh), bool(meant), paths)
+        found |= dict.fromkeys(fresh, rule.how)
+    return {path: how for path, how in found.items() if how is not None and not isinstance(how, Matched)}
+
+
 def fake_quantize(lm: LM, scheme: str | Scheme) -> LM:
-    """A new LM with the scheme's distortion in its linear weights."""
+    """A new LM with the scheme's distortion in its weights. Weights that are not finite are refused."""
     scheme = parse_scheme(scheme)
     graph, state = nnx.split(lm)
-    bounds = IntGrid(scheme.bits or 8, scheme.convention).bounds()
-
-    def distort(path: str, leaf: nnx.Variable) -> nnx.Variable:
-        if not isinstance(leaf, Linear) or not scheme.bits:
-            return leaf
-        n_in = leaf.get_metadata()["n_in"]
-        w = leaf.get_value()
-        rounded = round_weight(w, bounds, n_in, scheme.group, scheme.convention)
-        if scheme.noise:
-            key = jax.random.fold_in(jax.random.key(scheme.draw), zlib.crc32(path.encode()))
-            rounded = matched_noise(key, w, rounded)
-        return leaf.replace(rounded)
-
-    flat = list(nnx.to_flat_state(state))
-    if scheme.group > 0:
-        _check_group(flat, scheme)
-    return nnx.merge(graph, nnx.from_flat_state([(k, distort(".".join(map(str, k)), v)) for k, v in flat]))
+    chosen = assigned(lm, scheme)
+    flat = [(path, ".".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(state)]
+    _check_sizes(scheme, {name: _inputs(leaf) for _, name, leaf in flat if name in chosen}, chosen)
+    _check_finite({name: leaf.get_value() for _, name, leaf in flat if name in chosen})
+    made = [(path, _round_leaf(name, leaf, chosen[name]) if name in chosen else leaf) for path, name, leaf in flat]
+    return nnx.merge(graph, nnx.from_flat_state(made))
 
 
-def _check_group(flat: list, scheme: Scheme) -> None:
-    widest = max(int(np.prod(v.shape[: v.get_metadata()["n_in"]])) for _, v in flat if isinstance(v, Linear))
-    if scheme.group > widest:
-        raise UserError(f"scheme `{scheme}`: groups of {scheme.group} are wider than every matrix ({widest} inputs)")
+def _inputs(leaf: nnx.Variable) -> int:
+    n_in = leaf.get_metadata().get("n_in", 0)
+    return int(np.prod(leaf.shape[:n_in])) if n_in else leaf.shape[1]
+
+
+def _check_sizes(scheme: Scheme, inputs: dict[str, int], chosen: dict[str, How]) -> None:
+    for how in dict.fromkeys(chosen.values()):
+        how = getattr(how, "of", how)
+        widest = max(n for path, n in inputs.items() if getattr(chosen[path], "of", chosen[path]) == how)
+        if isinstance(how, Scaled) and how.groups.inputs > widest:
+            size = how.groups.inputs
+            raise UserError(f"scheme `{scheme}`: groups of {size} are wider than every matrix ({widest} inputs)")
+
+
+@jax.jit
+def _finite(w: Array) -> Array:
+    return jnp.isfinite(w).all()
+
+
+def _check_finite(values: dict[str, Array]) -> None:
+    """Refuse infinities and NaN, which would spread over their group. Under a trace there is nothing to look at."""
+    flags = {path: _finite(w) for path, w in values.items() if not isinstance(w, Tracer)}
+    if bad := [path for path, flag in jax.device_get(flags).items() if not flag]:
+        raise UserError(f"weight `{bad[0]}` holds infinities or NaN, {len(bad)} weights do: mend the model's files")
+
+
+def departures(lm: LM, scheme: str | Scheme) -> list[str]:
+    """Where the sizes of a model make a scheme do something else than its name says, in sentences. A scheme that the
+    model has no weights for is refused, as `fake_quantize` would."""
+    scheme = parse_scheme(scheme)
+    if scheme.matched:
+        scheme = scheme.with_how(scheme.matched.of)
+    leaves, chosen, told = weights(lm), assigned(lm, scheme), {}
+    _check_sizes(scheme, {path: _inputs(leaves[path]) for path in chosen}, chosen)
+    for path, how in chosen.items():
+        n, base = _inputs(leaves[path]), getattr(how, "of", how)
+        if isinstance(base, Ggml) and (kind := kept_as(base.name, n)) != base.name:
+            told.setdefault(f"rows of {n} are kept as {kind}, as llama.cpp does where {base} does not fit", []).append(
+                path
+            )
+        size = base.groups.inputs if isinstance(base, Scaled) else getattr(base, "size", 0)
+        if size and n % size:
+            told.setdefault(f"in rows of {n} the last group has {n % size} of {size} weights", []).append(path)
+    return [f"{scheme}: {what} ({len(paths)} matrices)" for what, paths in told.items()]
 
 
 @jax.jit
@@ -88,7 +159,7 @@ def _norms(w: Array, v: Array) -> tuple[Array, Array]:
 def weight_errors(lm: LM, twin: LM) -> dict[str, float]:
     """Relative error `|W - W'| / |W|` (Frobenius) of each matrix, and of all together under `all`."""
     pairs = list(zip(linear_weights(lm), linear_weights(twin), strict=True))
-    sums = [(path, [float(x) for x in _norms(a.get_value(), b.get_value())]) for (path, a), (_, b) in pairs]
-    errors = {path: (e / w) ** 0.5 if w else 0.0 for path, (e, w) in sums}
-    total = sum(w for _, (_, w) in sums)
-    return errors | {"all": (sum(e for _, (e, _) in sums) / total) ** 0.5 if total else 0.0}
+    sums = jax.device_get({path: _norms(a.get_value(), b.get_value()) for (path, a), (_, b) in pairs})
+    errors = {path: float(e / w) ** 0.5 if w else 0.0 for path, (e, w) in sums.items()}
+    total = sum(float(w) for _, w in sums.values())
+    return errors | {"all": (sum(float(e) for e, _ in sums.values()) / total) ** 0.5 if total else 0.0}

@@ -112,6 +112,13 @@ def deciles(values: np.ndarray, r: np.ndarray) -> np.ndarray:
     return np.array([np.median(part) if len(part) else np.nan for part in parts])
 
 
+def spread(names: list[str]) -> list[str]:
+    """As many names as there are colours, evenly from the list."""
+    if len(names) <= len(CYCLE):
+        return names
+    return [names[i] for i in np.linspace(0, len(names) - 1, len(CYCLE)).round().astype(int)]
+
+
 def by_decile(features: dict[str, Columns]) -> str:
     """Median r by how often a feature fires, and by how strongly it does at most."""
     with matplotlib.rc_context(STYLE):

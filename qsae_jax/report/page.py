@@ -91,7 +91,10 @@ def _audit_parts(results: Results) -> list[Part]:
     ]
     if results.features:
         caption = "Median correlation of active features with themselves, by tenths; dotted lines at 0.9 and 0.5."
-        parts.append(Part("deciles", caption, figures.by_decile(results.features)))
+        shown = figures.spread(list(results.features))
+        if len(shown) < len(results.features):
+            caption += f" Of {len(results.features)} schemes {len(shown)}, evenly from the order of the audit."
+        parts.append(Part("deciles", caption, figures.by_decile({name: results.features[name] for name in shown})))
     if scheme := tables.worst_scheme(results):
         caption = f"The {tables.WORST} active features that {scheme} damages most; on few tokens r is uncertain."
         counted = results.audit["tokens"]["counted"]

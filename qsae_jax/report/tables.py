@@ -33,7 +33,7 @@ def change(value: float | None) -> str:
 
 
 AUDIT: tuple[tuple[str, str, Cell], ...] = (
-    ("scheme", "how the weights were distorted", lambda r: r["scheme"]),
+    ("scheme", "how the weights were distorted; in brackets the control that was matched", lambda r: named(r)),
     ("perplexity", "over every predicted token", lambda r: number(r["ppl"], 5)),
     ("change", "relative to full precision", lambda r: change(r["delta_ppl"])),
     ("KL", "mean KL(full precision, twin) per token, nats", lambda r: number(r["kl"], 3)),
@@ -47,6 +47,11 @@ AUDIT: tuple[tuple[str, str, Cell], ...] = (
     ("FVU", "of the frozen dictionary on the twin", lambda r: number(r["fvu"], 3)),
     ("L0", "features that fire on a token", lambda r: number(r["l0"], 3)),
 )
+
+
+def named(row: dict[str, Any]) -> str:
+    """The scheme, and what was found for one that is matched by perplexity."""
+    return row["scheme"] + (f" ({row['matched']['scheme']})" if row.get("matched") else "")
 
 
 def audit_table(audit: dict[str, Any]) -> Table:
@@ -123,7 +128,7 @@ def worst_scheme(results: Results) -> str | None:
     if not results.audit or not results.features:
         return None
     wanted = (results.compare or {}).get("scheme")
-    rows = [row for row in results.audit["rows"] if "@" not in row["scheme"]] or results.audit["rows"]
+    rows = [row for row in results.audit["rows"] if not is_control(row)] or results.audit["rows"]
     names = [row["scheme"] for row in rows]
     if wanted in names:
         return wanted
@@ -136,12 +141,12 @@ def sentences(results: Results) -> list[str]:
     if results.audit:
         rows = {row["scheme"]: row for row in results.audit["rows"] if row["survived"] is not None}
         said += [_missed(list(rows.values()))] + [_worst(row, results.audit) for row in _most_bitten(rows)]
-        said += [_control(row, rows) for row in rows.values()]
+        said += [_control(row, rows) for row in rows.values()] + _draws(list(rows.values()))
     return [sentence for sentence in said if sentence]
 
 
 def _missed(rows: list[dict[str, Any]]) -> str:
-    real = [row for row in rows if "@" not in row["scheme"] and row["delta_ppl"] is not None]
+    real = [row for row in rows if not is_control(row) and row["delta_ppl"] is not None]
     quiet = [row for row in real if abs(row["delta_ppl"]) < 0.02 and row["survived"] < 0.95]
     if not quiet:
         return ""
@@ -152,8 +157,25 @@ def _missed(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def is_control(row: dict[str, Any]) -> bool:
+    """Whether a row is no quantizer, but what one is compared with."""
+    return row.get("control", "@" in row["scheme"])
+
+
+def _draws(rows: list[dict[str, Any]]) -> list[str]:
+    """How far apart the draws of one random distortion are."""
+    families: dict[str, list[float]] = {}
+    for row in rows:
+        families.setdefault(row["scheme"].partition("#")[0], []).append(row["survived"])
+    return [
+        f"{len(shares)} draws of {name}: {percent(min(shares))} to {percent(max(shares))} of the features survive."
+        for name, shares in families.items()
+        if len(shares) > 1
+    ]
+
+
 def _most_bitten(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    real = [row for name, row in rows.items() if "@" not in name]
+    real = [row for row in rows.values() if not is_control(row)]
     return [min(real, key=lambda row: row["survived"])] if real else []
 
 
@@ -166,8 +188,8 @@ def _worst(row: dict[str, Any], audit: dict[str, Any]) -> str:
 
 
 def _control(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
-    base = rows.get(row["scheme"].removeprefix("noise@").partition("#")[0])
-    if "@" not in row["scheme"] or not base:
+    base = rows.get(row["scheme"].removeprefix("noise@"))
+    if not row["scheme"].startswith("noise@") or not base:
         return ""
     return (
         f"Gaussian weight noise of the same size as {base['scheme']}'s error damages {percent(row['damaged'])} "

@@ -1,0 +1,112 @@
+"""Controls matched by perplexity: how much pruning, or noise, costs as much perplexity as a quantizer does.
+
+The strength (a fraction of the weights, a factor of the noise) is found by bisection on the tokens of the audit. What
+is left of the difference is reported with the result: a match is never exact (arXiv 2606.03002 matches int6's 14.7 %
+with a pruning of 13.5 %)."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax.sharding import Mesh
+
+from qsae_jax.acts.tokens import Windows, in_order, windows_per_forward
+from qsae_jax.audit.perplexity import Losses
+from qsae_jax.errors import Interrupted
+from qsae_jax.lm.model import LM
+from qsae_jax.lm.tap import FINAL, activations
+from qsae_jax.mesh import on_data
+from qsae_jax.progress import progress, stop_signal
+from qsae_jax.quant.fake import fake_quantize
+from qsae_jax.quant.scheme import Scheme
+
+CLOSE, TRIES = 1e-3, 12
+"""Relative difference of perplexity that is good enough, and how many strengths are tried for it."""
+MOST = {"prune": 0.99, "noise": 64.0}
+
+
+@dataclass
+class Matching:
+    """Finds the strengths of matched controls for one model on one set of windows."""
+
+    lm: LM
+    windows: Windows
+    batch: int
+    mesh: Mesh
+    found: dict[str, float] = field(default_factory=dict)
+    """Perplexities by scheme."""
+
+    def resolve(self, schemes: dict[str, Scheme]) -> tuple[dict[str, Scheme], dict[str, dict[str, Any]]]:
+        """Schemes that can be applied, under the names that were asked for, and what was found of each match."""
+        wanted = {name: scheme for name, scheme in schemes.items() if scheme.matched}
+        facts = {}
+        with progress("match", len(wanted) * (TRIES + 1)) as advance, stop_signal() as stopped:
+            for name, scheme in wanted.items():
+                wanted[name], facts[name] = self._match(scheme, advance, stopped)
+        return schemes | wanted, facts
+
+    def _match(
+        self, scheme: Scheme, advance: Callable[..., None], stopped: Callable[[], bool]
+    ) -> tuple[Scheme, dict[str, Any]]:
+        matched = scheme.matched
+        assert matched
+        target = self._perplexity(scheme.with_how(matched.of), stopped)
+        tried: dict[float, float] = {}
+
+        def at(strength: float) -> float:
+            tried[strength] = self._perplexity(scheme.with_how(matched.at(strength)), stopped)
+            advance(1, ppl=tried[strength], wanted=target)
+            return tried[strength]
+
+        bisect(at, target, 0.25 if matched.by == "prune" else 1.0, MOST[matched.by])
+        best = min(tried, key=lambda strength: abs(math.log(tried[strength] / target)))
+        advance(TRIES + 1 - len(tried))
+        chosen = scheme.with_how(matched.at(best))
+        facts = {"scheme": str(chosen), "ppl": tried[best], "wanted_ppl": target, "error": tried[best] / target - 1}
+        return chosen, facts | {"tried": len(tried), "tokens": len(self.windows) * self.windows.seq}
+
+    def _perplexity(self, scheme: Scheme, stopped: Callable[[], bool]) -> float:
+        name = str(scheme)
+        if name not in self.found:
+            twin, losses = fake_quantize(self.lm, scheme), Losses(["fp"])
+            for ids, weight in in_order(self.windows, windows_per_forward(self.batch, self.windows, self.mesh)):
+                tokens = on_data(ids, self.mesh)
+                (final,) = activations(twin, (FINAL,), tokens)
+                losses.add([twin], [final], tokens, weight)
+                if stopped():
+                    raise Interrupted("audit stopped; nothing is written, the same command begins it again")
+            self.found[name] = losses.perplexity("fp")
+        return self.found[name]
+
+
+def bisect(at: Callable[[float], float], target: float, first: float, most: float) -> None:
+    """Try strengths until `at` is close enough to the target: doubled from the first until it is passed, then halved
+    between. A strength is six digits, as it is printed in a scheme's name."""
+    low, high, tries = 0.0, first, 0
+
+    def close(value: float) -> bool:
+        return abs(value / target - 1) < CLOSE
+
+    while tries < TRIES:
+        value, tries = at(high), tries + 1
+        if close(value):
+            return
+        if value > target or high == most:
+            break
+        low, high = high, min(2 * high, most)
+    while tries < TRIES:
+        middle = float(f"{(low + high) / 2:.6g}")
+        value, tries = at(middle), tries + 1
+        if close(value) or middle in (low, high):
+            return
+        low, high = (low, middle) if value > target else (middle, high)
+
+
+def sentences(facts: dict[str, dict[str, Any]]) -> Sequence[str]:
+    """What a reader must know of each match."""
+    return [
+        f"{name} is {one['scheme']}, found by bisection: perplexity {one['ppl']:.5g} where "
+        f"{one['wanted_ppl']:.5g} is wanted ({100 * one['error']:+.2f} %)."
+        for name, one in facts.items()
+    ]
