@@ -59,7 +59,8 @@ class Matching:
             advance(1, ppl=tried[strength], wanted=target)
             return tried[strength]
 
-        bisect(at, target, 0.25 if matched.by == "prune" else 1.0, MOST[matched.by])
+        full = self._perplexity(Scheme(), stopped)
+        bisect(at, target, full, 0.25 if matched.by == "prune" else 1.0, MOST[matched.by])
         best = min(tried, key=lambda strength: abs(math.log(tried[strength] / target)))
         advance(TRIES + 1 - len(tried))
         chosen = scheme.with_how(matched.at(best))
@@ -80,27 +81,25 @@ class Matching:
         return self.found[name]
 
 
-def bisect(at: Callable[[float], float], target: float, first: float, most: float) -> None:
-    """Try strengths until `at` is close enough to the target: doubled from the first until it is passed, then halved
-    between. A strength is six digits, as it is printed in a scheme's name."""
-    low, high, tries = 0.0, first, 0
-
-    def close(value: float) -> bool:
-        return abs(value / target - 1) < CLOSE
-
-    while tries < TRIES:
-        value, tries = at(high), tries + 1
-        if close(value):
+def bisect(at: Callable[[float], float], target: float, full: float, first: float, most: float) -> None:
+    """Try strengths until `at` is close enough to the target. They are doubled from the first until it is passed, and
+    the interval is then bisected where the line through its ends (of log perplexity) meets the target, no nearer to
+    an end than a tenth of it. `full` is what strength 0 gives. A strength has six digits, as it is printed."""
+    low, high, strength, before = (0.0, math.log(full / target)), None, first, 0.0
+    for _ in range(TRIES):
+        off = math.log(at(strength) / target)
+        if abs(off) < CLOSE or (high is None and strength == most and off < 0):
             return
-        if value > target or high == most:
-            break
-        low, high = high, min(2 * high, most)
-    while tries < TRIES:
-        middle = float(f"{(low + high) / 2:.6g}")
-        value, tries = at(middle), tries + 1
-        if close(value) or middle in (low, high):
+        low, high = ((strength, off), high) if off < 0 else (low, (strength, off))
+        if high is None:
+            strength = min(2 * strength, most)
+            continue
+        line = low[1] < 0 and off * before <= 0  # Twice on one side: the curve bends, and halving is surer.
+        share = min(max(-low[1] / (high[1] - low[1]), 0.1), 0.9) if line else 0.5
+        before = off
+        strength = float(f"{low[0] + share * (high[0] - low[0]):.6g}")
+        if strength in (low[0], high[0]):
             return
-        low, high = (low, middle) if value > target else (middle, high)
 
 
 def sentences(facts: dict[str, dict[str, Any]]) -> Sequence[str]:

@@ -64,7 +64,7 @@ def iq4_nl(x: Float32[Array, "g 32 o"]) -> Float32[Array, "g 32 o"]:
 
     def step(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
         scale, gain = best
-        qx, qq = fit((i.astype(jnp.float32) - 7 + IQ4_NL[0]) / around)
+        qx, qq = fit((jnp.asarray(i, jnp.float32) - 7 + IQ4_NL[0]) / around)
         better = (qq > 0) & (qx * qx > gain * qq)
         found = qx / jnp.where(qq > 0, qq, 1.0)
         return jnp.where(better, found, scale), jnp.where(better, found * qx, gain)

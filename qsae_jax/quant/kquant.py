@@ -125,7 +125,7 @@ class WithMinimum:
         by = self.top / jnp.where(flat, 1.0, high - low)
         scale = divided(jnp.ones_like(by), by)  # 1 / (a / b) would be made b / a
         best = scale, low, error(scale, low, codes(by, low))
-        scale, found, _ = jax.lax.fori_loop(0, self.tries + 1, lambda i, b: step(i.astype(jnp.float32), b), best)
+        scale, found, _ = jax.lax.fori_loop(0, self.tries + 1, lambda i, b: step(jnp.asarray(i, jnp.float32), b), best)
         return jnp.where(flat, 0.0, scale), jnp.where(flat, low, found)
 
 
@@ -173,7 +173,7 @@ class Q6K:
 
         lx, ll = fit(jnp.float32(0))
         scale = jnp.where(ll > 0, lx / jnp.where(ll > 0, ll, 1.0), 0.0)
-        scale, _ = jax.lax.fori_loop(0, 19, lambda i, b: step(i.astype(jnp.float32) - 9, b), (scale, scale * lx))
+        scale, _ = jax.lax.fori_loop(0, 19, lambda i, b: step(jnp.asarray(i, jnp.float32) - 9, b), (scale, scale * lx))
         return _final(x, jnp.where(some, scale, 0.0), -32, 31, 128)
 
 

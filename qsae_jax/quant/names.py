@@ -111,7 +111,8 @@ def _quantizer(text: str, scheme: str) -> How:
     head, *tails = text.split("-")
     head = {"mxfp8_e4m3": "mxfp8"}.get(head, head)
     if head not in HEADS or head in ("bf16", "f16"):
-        close = nearest(text, EXAMPLES) if tails else nearest(head, HEADS)
+        kin = [known for known in HEADS if head and known.startswith(f"{head}_")]
+        close = f"; it comes as {', '.join(kin)}" if kin else nearest(text, EXAMPLES) if tails else nearest(head, HEADS)
         raise UserError(
             f"unknown scheme `{text}`{'' if text == scheme else f' in `{scheme}`'}{close}; `qsae schemes` lists them"
         )
@@ -139,7 +140,7 @@ def _parts(scheme: str, head: str, tails: list[str], kinds: Kinds) -> dict[str, 
         kind = next((kind for kind, (pattern, _) in kinds.items() if re.fullmatch(pattern, tail)), None)
         if kind is None:
             possible = f"possible: {', '.join(known)}" if known else f"{head} has no parts"
-            raise UserError(f"scheme `{scheme}`: unknown part `{tail}`{nearest(tail, known)} of {head}; {possible}")
+            raise UserError(f"scheme `{scheme}`: unknown part `{tail}` of {head}{nearest(tail, known)}; {possible}")
         if kind in got:
             raise UserError(
                 f"scheme `{scheme}` names two of one kind ({kind}), `{got[kind]}` and `{tail}`: leave one out"

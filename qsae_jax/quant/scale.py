@@ -81,11 +81,18 @@ def clipped(x: Float32[Array, "*g n c"], percent: float, convention: str) -> Flo
     """Weights clipped to quantiles (linear between order statistics, as NumPy's), each group by itself."""
     q = percent / 100
     if convention in ASYMMETRIC:
-        low, high = (jnp.quantile(x, at, axis=-2, keepdims=True) for at in (1 - q, q))
+        low, high = (_quantile(jnp.sort(x, axis=-2), at) for at in (1 - q, q))
     else:
-        high = jnp.quantile(jnp.abs(x), q, axis=-2, keepdims=True)
+        high = _quantile(jnp.sort(jnp.abs(x), axis=-2), q)
         low = -high
     return jnp.clip(x, low, high)
+
+
+def _quantile(ordered: Array, q: float) -> Array:
+    at = q * (ordered.shape[-2] - 1)
+    i = int(at)
+    low, high = (ordered[..., j : j + 1, :] for j in (i, min(i + 1, ordered.shape[-2] - 1)))
+    return low + alone((high - low) * np.float32(at - i))
 
 
 NORM, SHRINKS = 2.4, 80
@@ -98,7 +105,7 @@ def mse(x: Float32[Array, "*g n c"], found: Scales, offset: bool, values: Callab
         return found[0] * p, found[1] * p if offset else found[1]
 
     def step(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        p = 1 - i.astype(jnp.float32) * np.float32(0.01)
+        p = 1 - alone(jnp.asarray(i, jnp.float32) * np.float32(0.01))
         apart = jnp.abs(alone(values(shrunk(p))) - x)
         # A third of the time of a power.
         error = jnp.sum(jnp.exp(jnp.log(apart) * np.float32(NORM)), axis=-2, keepdims=True)

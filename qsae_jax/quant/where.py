@@ -82,7 +82,9 @@ def check_used(scheme: object, where: Where, taken: int, earlier: bool, paths: l
     if taken:
         return
     if earlier:
-        raise UserError(f"scheme `{scheme}`: every weight of {where or 'the last rule'} is taken by a rule before it")
+        raise UserError(
+            f"scheme `{scheme}`: every weight of {str(where) or 'a rule without brackets'} is taken by a rule before it"
+        )
     layers = sorted({int(path.split(".")[1]) for path in paths if path.startswith("blocks.")})
     names = sorted({path.split(".", 2)[-1] for path in paths})
     wrong = next((n for n in where.names if not any(_meant(n, path.split(".", 2)[-1], path) for path in paths)), None)

@@ -23,6 +23,15 @@ def _slow_group(x, bits, convention):
     reciprocal of the scale, so that they are the same bit for bit whatever compiles them."""
     q = 2 ** (bits - 1)
     one, zero = np.float32(1), np.float32(0)
+    if convention == "asym_tight":
+        scale = max(x.max() - x.min(), np.float32(1e-5)) * np.float32(1 / (2**bits - 1))
+        offset = np.clip(-np.round(x.min() * (one / scale)), 0, 2**bits - 1)
+        codes = np.clip(np.round(x * (one / scale)) + offset, 0, 2**bits - 1)
+        return (codes - offset) * scale
+    if convention == "affine":
+        scale = (x.max() - x.min()) * np.float32(1 / (2**bits - 1)) or one
+        codes = np.clip(np.round((x - x.min()) * (one / scale)), 0, 2**bits - 1)
+        return codes * scale + x.min()
     if convention == "asym":
         low, high = min(x.min(), zero), max(x.max(), zero)
         scale = (high - low) * np.float32(1 / (2**bits - 1)) or one
