@@ -215,7 +215,32 @@ def test_quantize_writes_a_folder_that_gives_the_twins_logits(inputs, tmp_path, 
 def test_schemes_and_points_tell_what_there_is(inputs, capsys):
     assert main(["schemes"]) == 0 and main(["points", "--model", inputs["--model"]]) == 0
     told = capsys.readouterr().out
-    assert "signed_full" in told and "blocks.{0..2}.resid_post" in told
+    assert all(
+        name in told for name in ("signed_full", "-scale_e8m0", "nvfp4", "q4_k", "prune~SCHEME", "duan2026", "[4-8]")
+    )
+    assert "blocks.{0..2}.resid_post" in told
+
+
+def test_layers_are_those_that_change(inputs, tmp_path, capsys, tiny_lm):
+    """--layers names them in every result; a scheme that names its own is refused, and blocks that are not there."""
+    out = tmp_path / "audit"
+    argv = words("audit", inputs | {"--out": str(out)})
+    schemes = argv.index("--schemes") + 1
+    argv[schemes] = "int2,int{2,3}[mlp.down],prune0.3"
+    assert "names its weights already" in refused([*argv, "--layers", "1-2"], capsys)
+    argv[schemes] = "int2,prune0.3"
+    assert "takes no weight: the model has blocks 0 to 2" in refused([*argv, "--layers", "3-9"], capsys)
+    assert "runs backwards" in refused([*argv, "--layers", "2-1"], capsys)
+    assert main([*argv, "--layers", "2"]) == 0
+    rows = json.loads((out / "audit.json").read_text())["rows"]
+    assert [row["scheme"] for row in rows] == ["int2[2]", "prune0.3[2]"]
+    assert all(row["survived"] == 1 and row["activation_rel_mse"] == 0 for row in rows), "block 2 is after the point"
+    assert all(row["ppl"] != 0 and row["kl"] > 0 for row in rows)
+    folder = tmp_path / "twin"
+    given = ["quantize", "--model", inputs["--model"], "--scheme", "q4_k", "--layers", "1", "--out", str(folder)]
+    assert main(given) == 0
+    assert "note: q4_k[1]: rows of 16 are kept as f16, as llama.cpp does" in capsys.readouterr().out
+    assert "is found by perplexity" in refused([*given[:4], "prune~int4", "--out", str(tmp_path / "no")], capsys)
 
 
 def test_train_then_compare(inputs, tmp_path, capsys):
@@ -287,6 +312,28 @@ def test_a_study_is_reused_and_redone_where_it_changed(inputs, tmp_path, capsys)
     assert main(argv) == 0
     assert capsys.readouterr().out.count("already done") == 0, "other tokens under the same name"
     assert (tmp_path / "out/compare.json").read_bytes() != first
+
+
+def test_a_study_without_a_comparison_and_with_a_dictionary(inputs, tmp_path, capsys):
+    """One dictionary and no comparison; then its audit by another study, with braces, and nothing trained."""
+    text = STUDY.format(folder=tmp_path, tokens=400).replace('compare = "int4"\n', "")
+    (tmp_path / "s.toml").write_text(text)
+    out, other = tmp_path / "out", tmp_path / "other"
+    assert main(["run", str(tmp_path / "s.toml"), "--out", str(out)]) == 0
+    assert [p.name for p in (out / "saes").iterdir()] == ["fp"] and not (out / "compare.json").exists()
+    assert "Keep, adapt" not in (out / "report.html").read_text()
+    argv = ["run", str(tmp_path / "s.toml"), "--out", str(other), "--set", f"dictionary={out}/saes/fp"]
+    assert main([*argv, "--set", "schemes=int8,noise@int4,int{3,2}[{0..1},mlp.down]"]) == 0
+    capsys.readouterr()
+    facts = json.loads((other / "audit.json").read_text())
+    rows = {row["scheme"]: row for row in facts["rows"]}
+    assert list(rows)[2:] == [f"int{bits}[{layer},mlp.down]" for bits in (3, 2) for layer in (0, 1)]
+    assert facts["sae"] == f"{out}/saes/fp" and not (other / "saes").exists()
+    assert rows["int8"] == json.loads((out / "audit.json").read_text())["rows"][0]
+    assert any("trained on these tokens" in note for note in facts["notes"])
+    assert "leave one of them out" in refused([*argv, "--set", "compare=int4"], capsys)
+    assert main(argv) == 0 and main(argv) == 0
+    assert capsys.readouterr().out.count("already done") == 3
 
 
 @pytest.mark.slow

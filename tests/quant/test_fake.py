@@ -83,16 +83,8 @@ def test_full_precision_changes_nothing(lm):
         np.testing.assert_array_equal(a, b)
 
 
-# Where the extremum need not be a code, or chance or a search has a part, rounding twice is not rounding once.
-AGAIN = (
-    "int4-half",
-    "int8-restricted-half",
-    "int4-stochastic#1",
-    "int4-g64-hqq",
-    "noise@int4",
-    "permuted@int4",
-    "prune0.2",
-)
+# Where the extremum need not be a code, or the error is new each time, rounding twice is not rounding once.
+AGAIN = ("int4-half", "noise@int4", "permuted@int4", "nf4-double")
 UNFIT = {"int4[4-8]": "takes no weight", "prune~int4": "found by perplexity"}
 WIDE = "groups of (128|64) are wider than every matrix .40 inputs"
 
@@ -110,7 +102,7 @@ def test_every_example_runs_and_rounding_twice_is_rounding_once(lm, name):
     assert (error > 0) == (name != "fp")
     twice = weight_errors(once, fake_quantize(once, name))["all"]
     if name in AGAIN:
-        assert (twice > 1e-3) == (name != "prune0.2")
+        assert twice > 1e-4
     else:
         assert twice < 1e-6
 

@@ -11,7 +11,7 @@ import pytest
 
 from qsae_jax.errors import UserError
 from qsae_jax.report import write_report
-from qsae_jax.report.figures import deciles
+from qsae_jax.report.figures import deciles, spread
 
 TOKENS = {"n": 320, "seq": 16, "bos": False, "skip_first": 1, "counted": 300, "source": "made <up>"}
 ROW = {"ppl": 20.25, "delta_ppl": 0.0125, "kl": 0.0123, "weight_rel_error": 0.15, "activation_rel_mse": 0.06}
@@ -153,3 +153,30 @@ def test_deciles_are_medians_of_tenths():
     np.testing.assert_allclose(deciles(values, r), wanted)
     assert np.abs(deciles(rng.permutation(values), r) - wanted).max() > 0.05
     assert np.isnan(deciles(values[:4], r[:4])[-1])
+
+
+def test_controls_are_told_as_what_they_are(folder):
+    """A matched control names what was found; draws tell their spread; no control is the worst scheme. Control: the
+    rows without the mark."""
+    facts = json.loads((folder / "audit.json").read_text())
+    matched = {"scheme": "prune0.123", "ppl": 30.0, "wanted_ppl": 30.1, "error": -0.003}
+    facts["rows"] += [
+        ROW | {"scheme": "prune~int4", "survived": 0.1, "control": True, "matched": matched},
+        ROW | {"scheme": "noise@int4#1", "survived": 0.55, "control": True},
+        ROW | {"scheme": "bf16", "survived": 0.99, "control": True},
+    ]
+    (folder / "audit.json").write_text(json.dumps(facts))
+    text = write_report(folder).read_text()
+    assert "prune~int4 (prune0.123)" in text
+    assert "2 draws of noise@int4: 50.0 % to 55.0 % of the features survive." in text
+    assert "int4: of 30 active features 62.5 % survive" in text
+    for row in facts["rows"]:
+        row.pop("control", None)
+    (folder / "audit.json").write_text(json.dumps(facts))
+    assert "prune~int4: of 30 active features 10.0 % survive" in write_report(folder).read_text()
+
+
+def test_no_more_curves_than_colours():
+    names = [f"int{i}" for i in range(40)]
+    shown = spread(names)
+    assert len(shown) == 7 and shown[0] == "int0" and shown[-1] == "int39" and spread(names[:7]) == names[:7]
