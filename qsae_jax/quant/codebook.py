@@ -36,10 +36,17 @@ def dynamic_map() -> Float32[np.ndarray, "256"]:
     ones, zero and one."""
     values = [0.0, 1.0]
     for i in range(7):
-        edges = np.linspace(0.1, 1, 2**i + 1, dtype=np.float32)
+        edges = _edges(2**i)
         means = (edges[:-1] + edges[1:]) / np.float32(2)
         values += [float(sign * np.float32(10.0 ** (i - 6)) * x) for x in means for sign in (1, -1)]
     return np.sort(np.asarray(values, np.float32))
+
+
+def _edges(n: int) -> Float32[np.ndarray, "n1"]:
+    """torch.linspace(0.1, 1, n + 1) in float32: from both ends to the middle, products and sums fused."""
+    low, i = np.float64(np.float32(0.1)), np.arange(n + 1)
+    step = np.float64((np.float32(1) - np.float32(0.1)) / np.float32(n))
+    return np.where(i < (n + 1) // 2, low + step * i, 1 - step * (n - i)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -65,16 +72,20 @@ class Lookup:
         """Weights `[inputs, outputs]` at the table's values."""
         n, o = w.shape
         if n % self.block == 0 and not self.double:
-            return Groups(self.block).each(lambda x: self._values(x, jnp.max(jnp.abs(x), axis=-2, keepdims=True)), w)
+            return Groups(self.block).each(self._block, w)
         flat = w.T.reshape(-1)
         x = jnp.pad(flat, (0, -flat.size % self.block)).reshape(-1, self.block)
         top = jnp.max(jnp.abs(x), axis=-1)
-        top = nested(top) if self.double else top
-        return self._values(x, top[:, None]).reshape(-1)[: flat.size].reshape(o, n).T
+        values = self._codes(x, top[:, None]) * (nested(top) if self.double else top)[:, None]
+        return values.reshape(-1)[: flat.size].reshape(o, n).T
 
-    def _values(self, x: Array, top: Array) -> Array:
-        # Values by the reciprocal of the block's magnitude as it was stored, as bitsandbytes finds them.
-        return nearest_of(x * (1.0 / jnp.where(top == 0, 1.0, top)), TABLES[self.table]) * top
+    def _block(self, x: Array) -> Array:
+        top = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
+        return self._codes(x, top) * top
+
+    def _codes(self, x: Array, top: Array) -> Array:
+        # By the block's magnitude itself, also where it is then kept in 8 bits, as bitsandbytes finds them.
+        return nearest_of(x * (1.0 / jnp.where(top == 0, 1.0, top)), TABLES[self.table])
 
 
 def nearest_of(x: Float32[Array, "*n"], table: Sequence[float], upper: bool = False) -> Float32[Array, "*n"]:

@@ -28,19 +28,21 @@ def looked_up(x, values):
     return values[np.searchsorted((values[:-1] + values[1:]) / np.float32(2), x, side="left")]
 
 
-def scaled(x, top, values):
-    return looked_up(x * (np.float32(1) / (top or np.float32(1))), values) * top
+def scaled(x, top, values, kept=None):
+    return looked_up(x * (np.float32(1) / (top or np.float32(1))), values) * (top if kept is None else kept)
 
 
 def slow(w, table, block=64, double=False):
     flat = w.reshape(-1)
     cuts = [flat[i : i + block] for i in range(0, flat.size, block)]
     tops = np.asarray([np.abs(x).max() for x in cuts])
+    kept = tops
     if double:
         mean = np.float32(tops.astype(np.float64).mean())
         runs = [tops[i : i + 256] - mean for i in range(0, tops.size, 256)]
-        tops = np.concatenate([scaled(x, np.abs(x).max(), dynamic_map()) for x in runs]) + mean
-    return np.concatenate([scaled(x, top, VALUES[table]) for x, top in zip(cuts, tops, strict=True)]).reshape(w.shape)
+        kept = np.concatenate([scaled(x, np.abs(x).max(), dynamic_map()) for x in runs]) + mean
+    blocks = [scaled(x, top, VALUES[table], size) for x, top, size in zip(cuts, tops, kept, strict=True)]
+    return np.concatenate(blocks).reshape(w.shape)
 
 
 def weights(out, n):
