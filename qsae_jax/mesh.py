@@ -5,6 +5,7 @@ axis. A dimension that the mesh axis does not divide is replicated, so nine head
 axes are `AxisType.Auto`: under explicit axes a top-k over sharded latents is refused (jax 0.10).
 """
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ def free_bytes() -> int:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 8 << 30
+
+
+def return_freed() -> None:
+    """Give freed memory back to the system. glibc keeps what many threads have freed in as many arenas: fifteen twins
+    of 0.4 GiB, five at a time, left 5 GiB behind, and 0.1 after this."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def parse_mesh(text: str) -> Mesh:

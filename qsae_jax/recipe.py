@@ -26,8 +26,6 @@ class TokensConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, "tokens.", seq=2, skip_first=0, audit=1, compare=1)
-        if self.compare > self.audit:
-            raise UserError(f"key `tokens.compare` is {self.compare}: give at most tokens.audit, {self.audit}")
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,10 @@ class Study:
 
     def __post_init__(self) -> None:
         check_processing(self.processing)
+        if self.compare and self.tokens.compare > self.tokens.audit:
+            raise UserError(
+                f"key `tokens.compare` is {self.tokens.compare}: give at most tokens.audit, {self.tokens.audit}"
+            )
         if self.dictionary and self.compare:
             raise UserError("key `compare` retrains, key `dictionary` takes what is there: leave one of them out")
 

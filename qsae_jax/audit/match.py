@@ -16,7 +16,7 @@ from qsae_jax.audit.perplexity import Losses
 from qsae_jax.errors import Interrupted
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import FINAL, activations
-from qsae_jax.mesh import on_data
+from qsae_jax.mesh import on_data, return_freed
 from qsae_jax.progress import progress, stop_signal
 from qsae_jax.quant.fake import fake_quantize
 from qsae_jax.quant.scheme import Scheme
@@ -78,6 +78,8 @@ class Matching:
                 if stopped():
                     raise Interrupted("audit stopped; nothing is written, the same command begins it again")
             self.found[name] = losses.perplexity("fp")
+            del twin
+            return_freed()
         return self.found[name]
 
 

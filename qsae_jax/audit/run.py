@@ -21,7 +21,7 @@ from qsae_jax.errors import Interrupted, UserError
 from qsae_jax.files import staged_file, write_json
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import FINAL, Point, activations, check_point, width_at
-from qsae_jax.mesh import free_bytes, make_mesh, on_data
+from qsae_jax.mesh import free_bytes, make_mesh, on_data, return_freed
 from qsae_jax.progress import progress, stop_signal
 from qsae_jax.quant.fake import departures, fake_quantize, weight_errors
 from qsae_jax.quant.scheme import Scheme, parse_scheme
@@ -79,6 +79,8 @@ def audit(
                 _batch(twins, point, on_data(ids, mesh), weight, done, skip_first, stopped)
                 advance(int(weight.sum()) * windows.seq, ppl=done.losses.perplexity("fp"))
             passes.append(done)
+            del twins
+            return_freed()
     facts = {"model": "", "sae": "", "processing": lm.config.processing, "point": str(point)} | dict(facts or {})
     facts["notes"] = [*facts.get("notes", ()), *notes, *sentences(matches)]
     facts["tokens"] = windows.described(skip_first)

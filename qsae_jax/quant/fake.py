@@ -42,7 +42,7 @@ def _as_matrix(w: Array, form: How, n_in: int) -> tuple[Array, Any]:
     matrix of rows as it stands in a file, `[outputs, inputs]`."""
     if not n_in:
         return w.T, lambda x: x.T
-    if getattr(form, "groups", None) == DUAN2026 and n_in == 1 and w.ndim == 3:
+    if getattr(getattr(form, "of", form), "groups", None) == DUAN2026 and n_in == 1 and w.ndim == 3:
         d, h, k = w.shape
         return w.reshape(d * h, k), lambda x: x.reshape(d, h, k)
     n = int(np.prod(w.shape[:n_in]))

@@ -122,7 +122,11 @@ def test_the_papers_head_shared_scale():
     np.testing.assert_array_equal(round_weight(o, shared, 2), paper(o))
     np.testing.assert_array_equal(round_weight(o, channel, 2), paper(o))
     np.testing.assert_array_equal(round_weight(up, shared, 1), paper(up))
-    assert parse_how("int4-duan2026", "").groups == DUAN2026
+    assert shared.groups == DUAN2026
+    noise, error = (
+        np.linalg.norm(round_weight(q, parse_how(name, ""), 1) - q) for name in ("noise@int4-duan2026", "int4-duan2026")
+    )
+    assert noise == pytest.approx(error, rel=1e-4) and error > 1.1 * np.linalg.norm(round_weight(q, channel, 1) - q)
 
 
 def test_a_remainder_is_a_group_of_its_own():
