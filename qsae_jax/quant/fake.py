@@ -6,7 +6,7 @@ through as if nothing had been rounded, so that a model can be trained through i
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -32,9 +32,13 @@ from qsae_jax.quant.where import OUTSIDE, check_used
 
 
 @partial(jax.jit, static_argnames=("form", "n_in"))
-def _distorted(w: Float[Array, "..."], numbers: Any, key: Array, form: How, n_in: int) -> Float[Array, "..."]:
+def _distorted(w: Float[Array, "..."], numbers: Any, seed: Any, form: How, n_in: int) -> tuple[Array, Array]:
+    """The distorted weight, and whether it was finite: looked at here, where it is read anyway."""
+    key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
     matrix, back = _as_matrix(jax.lax.stop_gradient(w).astype(jnp.float32), form, n_in)
-    return straight_through(w, back(form.round(matrix, numbers, key)).astype(w.dtype))
+    made = straight_through(w, back(form.round(matrix, numbers, key)).astype(w.dtype))
+    # By columns first, which the compiler makes vectors of; NaN passes through a maximum.
+    return made, jnp.max(jnp.max(jnp.abs(matrix), axis=0)) < jnp.inf
 
 
 def _as_matrix(w: Array, form: How, n_in: int) -> tuple[Array, Any]:
@@ -51,18 +55,23 @@ def _as_matrix(w: Array, form: How, n_in: int) -> tuple[Array, Any]:
 
 def round_weight(w: Float[Array, "..."], how: How, n_in: int = 1, path: str = "") -> Float[Array, "..."]:
     """A weight `[in..., out...]` distorted, in its own shape and dtype. Its path and the draw seed what is random."""
-    key = jax.random.fold_in(jax.random.key(how.draw), zlib.crc32(path.encode()))
-    return _distorted(w, how.numbers(), key, form=how.form(), n_in=n_in)
+    return _rounded(w, how, n_in, path)[0]
 
 
-def _round_leaf(path: str, leaf: nnx.Variable, how: How) -> nnx.Variable:
+def _rounded(w: Array, how: How, n_in: int, path: str) -> tuple[Array, Array]:
+    seed = np.uint32(how.draw), np.uint32(zlib.crc32(path.encode()))
+    return _distorted(w, how.numbers(), seed, form=how.form(), n_in=n_in)
+
+
+def _round_leaf(path: str, leaf: nnx.Variable, how: How) -> tuple[nnx.Variable, Array]:
     """On a mesh every device rounds the whole matrix: sums then run in one order, and codes are the same everywhere."""
     w, n_in = leaf.get_value(), leaf.get_metadata().get("n_in", 0)
     at = None if isinstance(w, Tracer) else w.sharding
     if isinstance(at, NamedSharding) and at.mesh.size > 1:
-        whole = jax.device_put(w, NamedSharding(at.mesh, PartitionSpec()))
-        return leaf.replace(jax.device_put(round_weight(whole, how, n_in, path), at))
-    return leaf.replace(round_weight(w, how, n_in, path))
+        made, finite = _rounded(jax.device_put(w, NamedSharding(at.mesh, PartitionSpec())), how, n_in, path)
+        return leaf.replace(jax.device_put(made, at)), finite
+    made, finite = _rounded(w, how, n_in, path)
+    return leaf.replace(made), finite
 
 
 def linear_weights(lm: LM) -> Iterator[tuple[str, Linear]]:
@@ -74,16 +83,20 @@ def linear_weights(lm: LM) -> Iterator[tuple[str, Linear]]:
 
 def weights(lm: LM) -> dict[str, nnx.Variable]:
     """What a scheme may take: the matrices of the blocks, embedding and head."""
-    state = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(lm))}
-    return {path: leaf for path, leaf in state.items() if isinstance(leaf, Linear) or path in OUTSIDE}
+    return _takable(nnx.state(lm))
 
 
-def assigned(lm: LM, scheme: Scheme) -> dict[str, How]:
-    """Path -> what is done to the weight there: the first rule that takes it decides. A rule that none falls to, and
+def _takable(state: nnx.State) -> dict[str, nnx.Variable]:
+    named = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    return {path: leaf for path, leaf in named.items() if isinstance(leaf, Linear) or path in OUTSIDE}
+
+
+def assigned(weights: Iterable[str], scheme: Scheme) -> dict[str, How]:
+    """Path of a weight -> what is done to it: the first rule that takes it decides. A rule that none falls to, and
     a control that is still to be matched, are refused."""
     if scheme.matched:
         raise UserError(f"scheme `{scheme}` is found by perplexity, on the tokens of an audit: run qsae audit with it")
-    paths, found = list(weights(lm)), {}
+    paths, found = list(weights), {}
     for rule in scheme.rules:
         meant = [path for path in paths if rule.where.takes(path)]
         fresh = [path for path in meant if path not in found]
@@ -96,12 +109,13 @@ def fake_quantize(lm: LM, scheme: str | Scheme) -> LM:
     """A new LM with the scheme's distortion in its weights. Weights that are not finite are refused."""
     scheme = parse_scheme(scheme)
     graph, state = nnx.split(lm)
-    chosen = assigned(lm, scheme)
-    flat = [(path, ".".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(state)]
-    _check_sizes(scheme, {name: _inputs(leaf) for _, name, leaf in flat if name in chosen}, chosen)
-    _check_finite({name: leaf.get_value() for _, name, leaf in flat if name in chosen})
-    made = [(path, _round_leaf(name, leaf, chosen[name]) if name in chosen else leaf) for path, name, leaf in flat]
-    return nnx.merge(graph, nnx.from_flat_state(made))
+    leaves = _takable(state)
+    chosen = assigned(leaves, scheme)
+    _check_sizes(scheme, {path: _inputs(leaves[path]) for path in chosen}, chosen)
+    made = {path: _round_leaf(path, leaves[path], how) for path, how in chosen.items()}
+    _check_finite({path: finite for path, (_, finite) in made.items()})
+    flat = [(path, made.get(".".join(map(str, path)), (leaf,))[0]) for path, leaf in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def _inputs(leaf: nnx.Variable) -> int:
@@ -118,14 +132,9 @@ def _check_sizes(scheme: Scheme, inputs: dict[str, int], chosen: dict[str, How])
             raise UserError(f"scheme `{scheme}`: groups of {size} are wider than every matrix ({widest} inputs)")
 
 
-@jax.jit
-def _finite(w: Array) -> Array:
-    return jnp.isfinite(w).all()
-
-
-def _check_finite(values: dict[str, Array]) -> None:
+def _check_finite(flags: dict[str, Array]) -> None:
     """Refuse infinities and NaN, which would spread over their group. Under a trace there is nothing to look at."""
-    flags = {path: _finite(w) for path, w in values.items() if not isinstance(w, Tracer)}
+    flags = {path: flag for path, flag in flags.items() if not isinstance(flag, Tracer)}
     if bad := [path for path, flag in jax.device_get(flags).items() if not flag]:
         raise UserError(f"weight `{bad[0]}` holds infinities or NaN, {len(bad)} weights do: mend the model's files")
 
@@ -136,7 +145,8 @@ def departures(lm: LM, scheme: str | Scheme) -> list[str]:
     scheme = parse_scheme(scheme)
     if scheme.matched:
         scheme = scheme.with_how(scheme.matched.of)
-    leaves, chosen, told = weights(lm), assigned(lm, scheme), {}
+    leaves, told = weights(lm), {}
+    chosen = assigned(leaves, scheme)
     _check_sizes(scheme, {path: _inputs(leaves[path]) for path in chosen}, chosen)
     for path, how in chosen.items():
         n, base = _inputs(leaves[path]), getattr(how, "of", how)

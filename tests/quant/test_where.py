@@ -34,7 +34,7 @@ TAKEN = {
 @pytest.mark.parametrize("name, taken", TAKEN.items())
 def test_what_is_taken_is_what_changes(lm, name, taken):
     """The rule's own answer, and the weights that really differ; everything else is the same array."""
-    assert set(assigned(lm, parse_scheme(name))) == taken
+    assert set(assigned(weights(lm), parse_scheme(name))) == taken
     before, after = (dict(nnx.to_flat_state(nnx.state(x))) for x in (lm, fake_quantize(lm, name)))
     changed = {".".join(map(str, path)) for path, leaf in before.items() if (leaf[...] != after[path][...]).any()}
     assert changed == taken
@@ -79,7 +79,7 @@ def test_a_tied_head_is_the_embedding(tiny_lm, lm):
     from qsae_jax.lm.load import abstract_lm
 
     tied = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract_lm(replace(lm.config, tied=True)))
-    assert set(assigned(tied, parse_scheme("int4[embed]"))) == {"embed"}
+    assert set(assigned(weights(tied), parse_scheme("int4[embed]"))) == {"embed"}
     with pytest.raises(UserError, match=r"the head of this model is its embedding: write \[embed\]"):
         fake_quantize(tied, "int4[head]")
 
