@@ -46,7 +46,7 @@ PUBLIC = {
     "compare": "compare.transfer",
     "run_study": "study",
 }
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def _public(name: str) -> Any:

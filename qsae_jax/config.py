@@ -53,7 +53,7 @@ def _converted(hint: Any, value: Any, name: str) -> Any:
     origin = typing.get_origin(hint)
     if origin is tuple:
         if isinstance(value, str):
-            value = [part for part in split_list(value) if part]
+            value = _toml_list(value) or [part for part in split_list(value) if part]
         if not isinstance(value, list):
             raise UserError(f"key `{name}` is {value!r}, expected a list")
         return tuple(_converted(typing.get_args(hint)[0], item, name) for item in value)
@@ -82,9 +82,29 @@ def _scalar(hint: type, value: Any, name: str) -> Any:
     return value
 
 
+def _toml_list(text: str) -> list[Any] | None:
+    """A list as it is written in a study; None of a text that is none."""
+    try:
+        value = tomllib.loads(f"x = {text}")["x"] if text.startswith("[") else None
+    except ValueError:
+        return None
+    return value if isinstance(value, list) else None
+
+
 def split_list(text: str) -> list[str]:
     """The items of a comma-separated list; a comma in brackets or braces belongs to its item."""
-    return [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", text)]
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+MOST = 1000
+"""Names that braces may stand for."""
 
 
 def expanded(text: str) -> list[str]:
@@ -100,8 +120,13 @@ def expanded(text: str) -> list[str]:
         choices = [str(i) for i in range(first, last + 1)] or [str(i) for i in range(first, last - 1, -1)]
     else:
         choices = [choice.strip() for choice in inner.split(",")]
+        if len(choices) < 2:
+            raise UserError(f"`{text}`: braces hold a range or several things: write for example {{8..2}} or {{4,8}}")
     before, after = text[: found.start()], text[found.end() :]
-    return [whole for choice in choices for whole in expanded(before + choice + after)]
+    whole = [name for choice in choices[:MOST] for name in expanded(before + choice + after)]
+    if len(choices) > MOST or len(whole) > MOST:
+        raise UserError(f"`{text}` stands for more than {MOST} names: name fewer")
+    return whole
 
 
 def with_settings(tables: dict[str, Any], settings: typing.Sequence[str]) -> dict[str, Any]:

@@ -39,9 +39,14 @@ def free_bytes() -> int:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return 8 << 30
+        free = 8 << 30
+    try:  # A container may be allowed less than its machine has.
+        most, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        return min(free, most - used)
+    except (OSError, ValueError):
+        return free
 
 
 def return_freed() -> None:

@@ -29,7 +29,7 @@ from qsae_jax.lm.tap import check_point
 from qsae_jax.lm.tokenizer import load_tokenizer
 from qsae_jax.mesh import parse_mesh
 from qsae_jax.progress import progress
-from qsae_jax.quant.fake import fake_quantize
+from qsae_jax.quant.fake import departures, fake_quantize
 from qsae_jax.quant.scheme import parse_scheme, parse_schemes
 from qsae_jax.recipe import Study
 from qsae_jax.record import described, differences, learned, notes_on, origin, stamp
@@ -68,6 +68,8 @@ class Stages:
     def lm(self) -> LM:
         lm = load_lm(self.study.model, mesh=self.mesh, processing=self.study.processing)
         check_point(lm, self.study.point)
+        for scheme in (*self.schemes, *parse_schemes(self.scheme or "fp")):
+            departures(lm, scheme)  # Refuses what the model has no weights for, before anything is trained.
         return lm
 
     @cached_property
@@ -102,6 +104,8 @@ class Stages:
         self._stage("audit", [*training, s.schemes], ["audit.json", "features.parquet"], self._audit)
         if self.scheme:
             self._stage("compare", [*training, t.compare], ["compare.json"], self._compare)
+        else:  # An earlier study's may lie here, and the page would tell it.
+            (self.out / "compare.json").unlink(missing_ok=True)
         return write_report(self.out)
 
     def _record(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from qsae_jax.lm.save import save_lm
 from qsae_jax.lm.tap import Point, check_point
 from qsae_jax.lm.tokenizer import load_tokenizer
 from qsae_jax.mesh import parse_mesh
-from qsae_jax.quant import control, ggml, grid, group, mx, names, rounding, scale, where
+from qsae_jax.quant import codebook, control, ggml, grid, group, mx, names, rounding, scale, where
 from qsae_jax.quant import scheme as scheme_names
 from qsae_jax.quant.fake import departures, fake_quantize, weight_errors
 from qsae_jax.quant.names import EXAMPLES
@@ -42,7 +42,7 @@ def run(given: Namespace, command: str) -> None:
 
 
 def audit(given: Namespace, command: str) -> None:
-    out, names = make_folder(Path(given.out)), _schemes(given)
+    names, out = _schemes(given), make_folder(Path(given.out))
     mesh = parse_mesh(given.mesh)
     stored = load_stored(given.sae, mesh)
     point = _point(given, stored)
@@ -58,7 +58,7 @@ def audit(given: Namespace, command: str) -> None:
 
 
 def train(given: Namespace, command: str) -> None:
-    out, schemes = make_folder(Path(given.out)), _schemes(given)
+    schemes, out = _schemes(given), make_folder(Path(given.out))
     defaults = {"sae": {"sparsity": given.sae}, "train": {}}
     tables = with_settings(defaults, given.set)
     if unknown := set(tables) - {"sae", "train"}:
@@ -82,13 +82,13 @@ def train(given: Namespace, command: str) -> None:
 
 
 def compare(given: Namespace, command: str) -> None:
-    out = make_folder(Path(given.out))
     scheme, *more = _schemes(given)
     if more:
         raise UserError(f"compare takes one scheme, `{given.schemes}` names {len(more) + 1}: run it once for each")
     mesh = parse_mesh(given.mesh)
     if Path(given.sae).resolve() == Path(given.retrained).resolve():
         raise UserError(f"--sae and --retrained are both `{given.sae}`: give two dictionaries")
+    out = make_folder(Path(given.out))
     folders = {"sae": given.sae, "retrained": given.retrained, "reseeded": given.reseeded}
     stored = {name: load_stored(folder, mesh) for name, folder in folders.items() if folder}
     point = _point(given, stored["sae"])
@@ -131,7 +131,7 @@ def report(given: Namespace, command: str) -> None:
 
 
 def schemes(given: Namespace, command: str) -> None:
-    for page in (scheme_names, names, where, grid, group, scale, rounding, mx, ggml, control):
+    for page in (scheme_names, names, where, grid, group, scale, rounding, codebook, mx, ggml, control):
         print((page.__doc__ or "").strip() + "\n")
     print("examples: " + " ".join(EXAMPLES))
 

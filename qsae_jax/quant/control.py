@@ -96,7 +96,7 @@ class Noise:
 
     def round(self, w: Float32[Array, "n o"], numbers: tuple[Array, Any], key: Array) -> Float32[Array, "n o"]:
         factor, inner = numbers
-        return matched_noise(key, w, self.of.round(w, inner, jax.random.fold_in(key, 1)), factor)
+        return matched_noise(key, w, self.of.round(w, inner, key), factor)
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ class Permuted:
         return self.of.numbers()
 
     def round(self, w: Float32[Array, "n o"], numbers: Any, key: Array) -> Float32[Array, "n o"]:
-        error = self.of.round(w, numbers, jax.random.fold_in(key, 1)) - w
+        error = self.of.round(w, numbers, key) - w
         # One sort by 32 random bits each: of a million a hundred are equal, and these keep their order.
-        _, mixed = jax.lax.sort_key_val(jax.random.bits(key, (w.size,)), error.reshape(-1))
+        _, mixed = jax.lax.sort_key_val(jax.random.bits(jax.random.fold_in(key, 3), (w.size,)), error.reshape(-1))
         return w + mixed.reshape(w.shape)
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from qsae_jax.errors import UserError
 from qsae_jax.lm.layers import Linear
 from qsae_jax.lm.model import LM
+from qsae_jax.quant.codebook import Lookup
 from qsae_jax.quant.control import Matched
 from qsae_jax.quant.ggml import Ggml, kept_as
 from qsae_jax.quant.group import DUAN2026
@@ -33,12 +34,13 @@ from qsae_jax.quant.where import OUTSIDE, check_used
 
 @partial(jax.jit, static_argnames=("form", "n_in"))
 def _distorted(w: Float[Array, "..."], numbers: Any, seed: Any, form: How, n_in: int) -> tuple[Array, Array]:
-    """The distorted weight, and whether it was finite: looked at here, where it is read anyway."""
+    """The distorted weight, and whether it is finite: looked at here, where it is at hand."""
     key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
     matrix, back = _as_matrix(jax.lax.stop_gradient(w).astype(jnp.float32), form, n_in)
     made = straight_through(w, back(form.round(matrix, numbers, key)).astype(w.dtype))
-    # By columns first, which the compiler makes vectors of; NaN passes through a maximum.
-    return made, jnp.max(jnp.max(jnp.abs(matrix), axis=0)) < jnp.inf
+    # Of what was made: what is not finite before is not finite after. By columns first, which the compiler makes
+    # vectors of; NaN passes through a maximum.
+    return made, jnp.max(jnp.max(jnp.abs(made.reshape(matrix.shape)), axis=0)) < jnp.inf
 
 
 def _as_matrix(w: Array, form: How, n_in: int) -> tuple[Array, Any]:
@@ -98,9 +100,8 @@ def assigned(weights: Iterable[str], scheme: Scheme) -> dict[str, How]:
         raise UserError(f"scheme `{scheme}` is found by perplexity, on the tokens of an audit: run qsae audit with it")
     paths, found = list(weights), {}
     for rule in scheme.rules:
-        meant = [path for path in paths if rule.where.takes(path)]
-        fresh = [path for path in meant if path not in found]
-        check_used(scheme, rule.where, len(fresh), bool(meant), paths)
+        fresh = [path for path in paths if rule.where.takes(path) and path not in found]
+        check_used(scheme, rule.where, len(fresh), paths)
         found |= dict.fromkeys(fresh, rule.how)
     return {path: how for path, how in found.items() if how is not None and not isinstance(how, Matched)}
 
@@ -136,7 +137,9 @@ def _check_finite(flags: dict[str, Array]) -> None:
     """Refuse infinities and NaN, which would spread over their group. Under a trace there is nothing to look at."""
     flags = {path: flag for path, flag in flags.items() if not isinstance(flag, Tracer)}
     if bad := [path for path, flag in jax.device_get(flags).items() if not flag]:
-        raise UserError(f"weight `{bad[0]}` holds infinities or NaN, {len(bad)} weights do: mend the model's files")
+        raise UserError(
+            f"weight `{bad[0]}` holds infinities or NaN, or numbers too large, {len(bad)} do: mend the files"
+        )
 
 
 def departures(lm: LM, scheme: str | Scheme) -> list[str]:
@@ -155,6 +158,17 @@ def departures(lm: LM, scheme: str | Scheme) -> list[str]:
                 path
             )
         size = base.groups.inputs if isinstance(base, Scaled) else getattr(base, "size", 0)
+        if (
+            isinstance(base, Scaled)
+            and base.groups.outputs > 1
+            and (rest := leaves[path].size // n % base.groups.outputs)
+        ):
+            why = f"of {leaves[path].size // n} outputs the last block has {rest} of {base.groups.outputs}"
+            told.setdefault(why, []).append(path)
+        if isinstance(base, Lookup) and n % base.block:
+            told.setdefault(
+                f"blocks of {base.block} run on from a row of {n} to the next, as bitsandbytes has them", []
+            ).append(path)
         if size and n % size:
             told.setdefault(f"in rows of {n} the last group has {n % size} of {size} weights", []).append(path)
     return [f"{scheme}: {what} ({len(paths)} matrices)" for what, paths in told.items()]
@@ -167,9 +181,11 @@ def _norms(w: Array, v: Array) -> tuple[Array, Array]:
 
 
 def weight_errors(lm: LM, twin: LM) -> dict[str, float]:
-    """Relative error `|W - W'| / |W|` (Frobenius) of each matrix, and of all together under `all`."""
-    pairs = list(zip(linear_weights(lm), linear_weights(twin), strict=True))
-    sums = jax.device_get({path: _norms(a.get_value(), b.get_value()) for (path, a), (_, b) in pairs})
+    """Relative error `|W - W'| / |W|` (Frobenius) of each matrix of the blocks, and of embedding and head where they
+    were touched; and of all of these together under `all`."""
+    after = weights(twin)
+    pairs = {path: (a.get_value(), after[path].get_value()) for path, a in weights(lm).items()}
+    sums = jax.device_get({path: _norms(a, b) for path, (a, b) in pairs.items() if path not in OUTSIDE or a is not b})
     errors = {path: float(e / w) ** 0.5 if w else 0.0 for path, (e, w) in sums.items()}
     total = sum(float(w) for _, w in sums.values())
     return errors | {"all": (sum(float(e) for e, _ in sums.values()) / total) ** 0.5 if total else 0.0}

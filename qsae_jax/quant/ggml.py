@@ -8,8 +8,9 @@
 Scales are kept as float16. Codes of the first two kinds are found with the reciprocal of the float32 scale
 (ggml-quants.c, and gguf's quants.py, which are bit-equal).
 
-A row of a K-quant has to be a multiple of 256. Where it is not, llama.cpp takes another type for that matrix
-(FALLBACKS), and so does this; a row that is no multiple of 32 is kept as float16. `kept_as` says which.
+A row of a K-quant has to be a multiple of 256. Where it is not, llama.cpp takes another type for that matrix, and so
+does this (FALLBACKS; llama.cpp of October 2026, commit 0c1e570. Older ones took iq4_nl for q2_k and q3_k); a row that
+is no multiple of 32 is kept as float16. `kept_as` says which.
 """
 
 from collections.abc import Callable

@@ -22,5 +22,6 @@ class How(Protocol):
     def numbers(self) -> Any: ...
 
     def round(self, w: Float32[Array, "n o"], numbers: Any, key: Array, /) -> Float32[Array, "n o"]:
-        """The distorted weights `[inputs, outputs]` in their own units. Pure: it runs under jit."""
+        """The distorted weights `[inputs, outputs]` in their own units. Pure: it runs under jit. Each kind of chance
+        folds a number of its own into the key, so that rounding, noise and permutation of one draw are independent."""
         ...

@@ -70,14 +70,14 @@ class Blocks:
         def block(x: Array, u: Array | None = None) -> Array:
             top = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
             if self.name == "nvfp4":
-                scale = stored(top * b.inverse_high * inverse(whole), "e4m3") * whole
+                scale = stored(top * b.inverse_high, "e4m3", whole)
                 by = inverse(scale)
             else:
                 e = jnp.clip(shared_exponent(top, self.grid, self.rule), -126, 126)
                 scale, by = power(e), power(-e)
             return jnp.clip(self.grid.rounded(x * by, b, self.mode, u), b.low, b.high) * scale
 
-        chance = (jax.random.uniform(key, w.shape),) if self.mode == "stochastic" else ()
+        chance = (jax.random.uniform(jax.random.fold_in(key, 2), w.shape),) if self.mode == "stochastic" else ()
         return Groups(self.size).each(block, w, *chance)
 
 

@@ -47,13 +47,13 @@ Kinds = Mapping[str, tuple[str, tuple[str, ...]]]
 
 FLOAT_PARTS: Kinds = {
     "granularity": (GRANULARITY, ("tensor", "channel", "g128", "b128x128", "duan2026")),
-    "scale rule": (r"absmax|mse|p\d{2}(?:\.\d{1,6})?", ("absmax", "mse", "p99.9")),
+    "scale rule": (r"absmax|mse|p[\d.]{1,12}", ("absmax", "mse", "p99.9")),
     "rounding mode": (MODE, tuple(MODES)),
     "type of scale": ("|".join(f"scale_{kind}" for kind in STORED), tuple(f"scale_{kind}" for kind in STORED)),
 }
 INT_PARTS: Kinds = FLOAT_PARTS | {
     "convention": ("|".join((*SYMMETRIC, *ASYMMETRIC)), (*ASYMMETRIC, *SYMMETRIC)),
-    "scale rule": (r"absmax|minmax|mse|hqq|p\d{2}(?:\.\d{1,6})?", ("absmax", "minmax", "mse", "hqq", "p99.9")),
+    "scale rule": (r"absmax|minmax|mse|hqq|p[\d.]{1,12}", ("absmax", "minmax", "mse", "hqq", "p99.9")),
 }
 TABLE_PARTS: Kinds = {"granularity": (r"g[1-9]\d{0,8}", ("g64",)), "nesting": ("double", ("double",))}
 NV_PARTS: Kinds = {"rounding mode": FLOAT_PARTS["rounding mode"]}
@@ -122,7 +122,10 @@ def _quantizer(text: str, scheme: str) -> How:
         return _scaled(FloatGrid(head), _parts(scheme, head, tails, FLOAT_PARTS), scheme)
     if head in TABLES:
         got = _parts(scheme, head, tails, TABLE_PARTS)
-        return Lookup(head, int(got.get("granularity", "g64")[1:]), "nesting" in got)
+        block = int(got.get("granularity", "g64")[1:])
+        if block > 4096:
+            raise UserError(f"scheme `{scheme}`: blocks of {head} hold at most 4096 weights, as bitsandbytes has them")
+        return Lookup(head, block, "nesting" in got)
     if head in TYPES:
         _parts(scheme, head, tails, {})
         return Ggml(head)

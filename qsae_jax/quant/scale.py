@@ -85,7 +85,8 @@ def clipped(x: Float32[Array, "*g n c"], percent: float, convention: str) -> Flo
     else:
         high = _quantile(jnp.sort(jnp.abs(x), axis=-2), q)
         low = -high
-    return jnp.clip(x, low, high)
+    # A group so full of zeros, or of one number, that nothing else is left keeps its range.
+    return jnp.where(low < high, jnp.clip(x, low, high), x)
 
 
 def _quantile(ordered: Array, q: float) -> Array:
@@ -145,24 +146,26 @@ STORED = ("f32", "f16", "bf16", "e4m3", "e8m0")
 """The types in which a scale may be kept."""
 
 
-def stored(scale: Float32[Array, "*n"], kind: str) -> Float32[Array, "*n"]:
+def stored(scale: Float32[Array, "*n"], kind: str, unit: Array | float = 1.0) -> Float32[Array, "*n"]:
     """A scale as it comes back from its type: rounded to the nearest, at most the largest number there. e8m0 holds
-    powers of two: the next one up, so that nothing is clipped that was not. What is too small for it becomes 0."""
+    powers of two: the next one up, so that nothing is clipped that was not. e4m3 has little range (2^-9 to 448), so its
+    scales are kept in units of a float32 number, as NVFP4 keeps them. What is too small for a type becomes 0."""
     if kind in ("f16", "bf16"):
         dtype = jnp.float16 if kind == "f16" else jnp.bfloat16
         top = float(jnp.finfo(dtype).max)
         return jnp.clip(scale, -top, top).astype(dtype).astype(jnp.float32)
     if kind == "e4m3":
         b = FloatGrid("fp8_e4m3").bounds()
-        return FloatGrid.rounded(jnp.clip(scale, b.low, b.high), b, "nearest", None)
+        return FloatGrid.rounded(jnp.clip(scale * inverse(unit), b.low, b.high), b, "nearest", None) * unit
     if kind == "e8m0":
         e = exponent(scale)
         return power(jnp.clip(e + (power(jnp.clip(e, -126, 127)) < scale), -126, 127))
     return scale
 
 
-def inverse(scale: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
+def inverse(scale: Array | float) -> Array:
     """1 / scale, and 0 of 0: where a scale has come to nothing, so do its weights."""
+    scale = jnp.asarray(scale, jnp.float32)
     return jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
 
 

@@ -6,11 +6,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float32
 
 from qsae_jax.products import alone
 from qsae_jax.quant import scale as scales
-from qsae_jax.quant.grid import Bounds, Grid, IntGrid
+from qsae_jax.quant.grid import ASYMMETRIC, Bounds, Grid, IntGrid
 from qsae_jax.quant.group import CHANNEL, Groups
 from qsae_jax.quant.scale import Scales
 
@@ -49,11 +50,13 @@ class Scaled:
 
     def round(self, w: Float32[Array, "n o"], b: Bounds, key: Array) -> Float32[Array, "n o"]:
         """Weights `[inputs, outputs]` on the grid, back in their own units."""
-        if self.mode == "stochastic":
-            return self.groups.each(partial(self._round, b), w, jax.random.uniform(key, w.shape))
-        return self.groups.each(partial(self._round, b), w)
+        # No scale is larger than the matrix's largest weight allows, so that in these units none exceeds 448.
+        top = 2 * jnp.abs(b.inverse_high) if self.grid.convention in ASYMMETRIC else jnp.abs(b.inverse_high)
+        unit = jnp.max(jnp.abs(w)) * top * np.float32(1 / 448) if self.stored == "e4m3" else 1.0
+        chance = (jax.random.uniform(jax.random.fold_in(key, 2), w.shape),) if self.mode == "stochastic" else ()
+        return self.groups.each(partial(self._round, b, unit), w, *chance)
 
-    def scales(self, x: Float32[Array, "*g n c"], b: Bounds) -> Scales:
+    def scales(self, x: Float32[Array, "*g n c"], b: Bounds, unit: Array | float = 1.0) -> Scales:
         """Scale and zero point of each group, as they are stored."""
         convention = self.grid.convention
         if self.rule == "hqq":
@@ -66,7 +69,7 @@ class Scaled:
             found = scales.mse(x, found, convention == "affine", lambda s: nearest.values(nearest.codes(x, s, b), s))
         scale, zero = found
         keeps_zero = self.rule == "hqq" or convention == "affine"
-        return scales.stored(scale, self.stored), scales.stored(zero, self.stored) if keeps_zero else zero
+        return scales.stored(scale, self.stored, unit), scales.stored(zero, self.stored) if keeps_zero else zero
 
     def codes(self, x: Float32[Array, "*g n c"], found: Scales, b: Bounds, u: Array | None = None) -> Array:
         """`clip(round(x / scale) + zero)`, by the reciprocal of the scale."""
@@ -87,6 +90,6 @@ class Scaled:
             return alone(codes * scale) + zero
         return (codes - zero) * scale
 
-    def _round(self, b: Bounds, x: Array, u: Array | None = None) -> Array:
-        found = self.scales(x, b)
+    def _round(self, b: Bounds, unit: Array | float, x: Array, u: Array | None = None) -> Array:
+        found = self.scales(x, b, unit)
         return self.values(self.codes(x, found, b, u), found)

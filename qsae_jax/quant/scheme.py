@@ -50,7 +50,7 @@ class Scheme:
         """The control whose strength is still to be found."""
         return next((rule.how for rule in self.rules if isinstance(rule.how, Matched)), None)
 
-    def with_how(self, how: How) -> "Scheme":
+    def with_how(self, how: How | None) -> "Scheme":
         """The same rule with another distortion."""
         return Scheme((replace(self.rules[0], how=how),))
 
@@ -60,18 +60,20 @@ class Scheme:
             return self
         if own := next((rule for rule in self.rules if rule.where != EVERYWHERE), None):
             raise UserError(f"scheme `{own}` names its weights already: leave --layers out")
-        return Scheme(tuple(replace(rule, where=parse_where(where, str(self))) for rule in self.rules))
+        return Scheme(tuple(replace(rule, where=parse_where(where, f"{self}[{where}]")) for rule in self.rules))
 
 
 def parse_scheme(name: "str | Scheme") -> Scheme:
     """The Scheme of a short name; a name that says nothing, twice, or the unknown is refused part by part."""
     if isinstance(name, Scheme):
         return name
+    if not isinstance(name, str):
+        raise UserError(f"scheme {name!r} is no name: give for example 'int4-g128'")
     text = name.strip().lower()
     rules = tuple(_rule(part, name) for part in text.split("+"))
     if len(rules) > 1 and any(isinstance(rule.how, Matched) for rule in rules):
         raise UserError(f"scheme `{name}`: a control that is matched by perplexity stands alone")
-    return Scheme() if rules == (Rule(None),) else Scheme(rules)
+    return Scheme() if all(rule.how is None for rule in rules) else Scheme(rules)
 
 
 def _rule(text: str, name: str) -> Rule:

@@ -77,19 +77,19 @@ def _merged(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(merged)
 
 
-def check_used(scheme: object, where: Where, taken: int, earlier: bool, paths: list[str]) -> None:
-    """Refuse a rule that no weight falls to."""
-    if taken:
-        return
-    if earlier:
-        raise UserError(
-            f"scheme `{scheme}`: every weight of {str(where) or 'a rule without brackets'} is taken by a rule before it"
-        )
-    layers = sorted({int(path.split(".")[1]) for path in paths if path.startswith("blocks.")})
+def check_used(scheme: object, where: Where, taken: int, paths: list[str]) -> None:
+    """Refuse a rule that no weight falls to, and one that names a weight or a block that is not there."""
+    last = max(int(path.split(".")[1]) for path in paths if path.startswith("blocks."))
     names = sorted({path.split(".", 2)[-1] for path in paths})
-    wrong = next((n for n in where.names if not any(_meant(n, path.split(".", 2)[-1], path) for path in paths)), None)
-    if wrong == "head":
-        raise UserError(f"scheme `{scheme}`: the head of this model is its embedding: write [embed] for both")
-    if wrong:
-        raise UserError(f"scheme `{scheme}`: no weight is named `{wrong}`{nearest(wrong, names)}; {', '.join(names)}")
-    raise UserError(f"scheme `{scheme}`: {where} takes no weight: the model has blocks {layers[0]} to {layers[-1]}")
+    for name in where.names:
+        if not any(_meant(name, path.split(".", 2)[-1], path) for path in paths):
+            if name == "head":
+                raise UserError(f"scheme `{scheme}`: the head of this model is its embedding: write [embed] for both")
+            raise UserError(f"scheme `{scheme}`: no weight is named `{name}`{nearest(name, names)}; {', '.join(names)}")
+    if where.layers and where.layers[-1][1] > last:
+        raise UserError(f"scheme `{scheme}`: there is no block {where.layers[-1][1]}: the model has blocks 0 to {last}")
+    if not any(where.takes(path) for path in paths):
+        raise UserError(f"scheme `{scheme}`: {where} takes no weight: a name and a block are both to fit")
+    if not taken:
+        who = str(where) or "a rule without brackets"
+        raise UserError(f"scheme `{scheme}`: every weight of {who} is taken by a rule before it")

@@ -1,5 +1,6 @@
 """Numbers -> tables and the sentences that open a page. A missing number is a dash, never a zero."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +167,7 @@ def _draws(rows: list[dict[str, Any]]) -> list[str]:
     """How far apart the draws of one random distortion are."""
     families: dict[str, list[float]] = {}
     for row in rows:
-        families.setdefault(row["scheme"].partition("#")[0], []).append(row["survived"])
+        families.setdefault(re.sub(r"#\d+", "", row["scheme"]), []).append(row["survived"])
     return [
         f"{len(shares)} draws of {name}: {percent(min(shares))} to {percent(max(shares))} of the features survive."
         for name, shares in families.items()

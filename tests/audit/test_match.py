@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from qsae_jax import audit, fake_quantize
-from qsae_jax.audit.match import CLOSE, TRIES, Matching, bisect
+from qsae_jax.audit.match import CLOSE, TRIES, Matching, bisect, sentences
 from qsae_jax.audit.run import in_groups
+from qsae_jax.errors import UserError
 from qsae_jax.mesh import make_mesh
 from qsae_jax.quant.scheme import parse_scheme
 
@@ -42,11 +43,9 @@ def test_a_smooth_damage_is_met(target, shape):
 
 
 def test_what_cannot_be_met_comes_as_near_as_it_can():
-    """A target beyond the strongest control, below full precision, and across a jump."""
+    """A target beyond the strongest control, and across a jump."""
     best, tried = found(lambda s: 24 + s, 1000)
     assert best == 0.99 and len(tried) == 3  # 0.25, 0.5, 0.99
-    best, tried = found(lambda s: 24 + s, 20)
-    assert best == min(tried) and len(tried) <= TRIES
     _, tried = found(lambda s: 24 if s < 0.4 else 96, 50)
     assert min(abs(s - 0.4) for s in tried) < 0.01
 
@@ -129,9 +128,28 @@ def test_as_many_twins_as_fit(tiny_lm, monkeypatch):
 def test_a_scheme_that_does_not_fit_is_refused_before_any_work(tiny_lm, tiny_sae, tiny_windows, monkeypatch):
     """Even as the last of the list, and inside a matched control."""
     from qsae_jax.audit import run
-    from qsae_jax.errors import UserError
 
     monkeypatch.setattr(run, "fake_quantize", lambda *_: pytest.fail("work was begun"))
     for name in ("int4[9]", "int4-g64", "prune~int4-g64"):
         with pytest.raises(UserError):
             audit(tiny_lm, tiny_sae(), tiny_windows(2), ["int8", name], POINT)
+
+
+def test_a_small_change_is_met_in_proportion():
+    """Where a scheme costs a twentieth of a percent, so does its control, within two hundredths of that."""
+    best, _ = found(lambda s: 20 * math.exp(6 * s * s), 20.012)
+    assert math.log(20 * math.exp(6 * best**2) / 20) == pytest.approx(math.log(20.012 / 20), rel=0.02)
+
+
+def test_nothing_to_match(tiny_lm, tiny_windows):
+    """A scheme that costs no perplexity is matched by full precision, and the note says so; one without a perplexity
+    is refused."""
+    matching = Matching(tiny_lm, tiny_windows(2), 2, make_mesh(1, 1))
+    matching.found |= {"fp": 400.0, "int8": 399.0, "int2": math.nan}
+    schemes, facts = matching.resolve({"prune~int8": parse_scheme("prune~int8")})
+    assert schemes["prune~int8"].full and facts["prune~int8"]["scheme"] == "fp"
+    assert sentences(facts) == [
+        "prune~int8: its scheme costs no perplexity on these tokens, so the row is that of full precision."
+    ]
+    with pytest.raises(UserError, match="the perplexity of int2 is nan"):
+        matching.resolve({"noise~int2": parse_scheme("noise~int2")})

@@ -85,7 +85,7 @@ def test_full_precision_changes_nothing(lm):
 
 # Where the extremum need not be a code, or the error is new each time, rounding twice is not rounding once.
 AGAIN = ("int4-half", "noise@int4", "permuted@int4", "nf4-double")
-UNFIT = {"int4[4-8]": "takes no weight", "prune~int4": "found by perplexity"}
+UNFIT = {"int4[4-8]": "there is no block 8", "prune~int4": "found by perplexity"}
 WIDE = "groups of (128|64) are wider than every matrix .40 inputs"
 
 

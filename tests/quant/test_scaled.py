@@ -255,7 +255,8 @@ def test_types_of_scale():
 @pytest.mark.parametrize("kind", ["f16", "bf16", "e4m3", "e8m0"])
 def test_codes_are_found_with_the_stored_scale(w, kind):
     """Bit for bit; control: the float32 scale gives other values."""
-    scale = np.asarray(stored(np.abs(w).max(1, keepdims=True) * F(1 / 7), kind))
+    unit = np.abs(w).max() * F(1 / 7) * F(1 / 448)  # of e4m3, whose range is small
+    scale = np.asarray(stored(np.abs(w).max(1, keepdims=True) * F(1 / 7), kind, unit))
     slow = np.clip(np.round(w * (F(1) / scale)), -8, 7) * scale
     np.testing.assert_array_equal(ours(w, f"int4-scale_{kind}"), slow)
     assert (slow != ours(w, "int4")).any()
@@ -348,7 +349,7 @@ def test_infinities_and_nan_are_refused(lm):
         broken = jax.tree.map(jnp.array, lm)
         w = broken.blocks[1].mlp.down
         w.set_value(w.get_value().at[3, 2].set(bad))
-        with pytest.raises(UserError, match=r"`blocks.1.mlp.down` holds infinities or NaN, 1 weights do"):
+        with pytest.raises(UserError, match=r"`blocks.1.mlp.down` holds infinities or NaN, or numbers too large, 1 do"):
             fake_quantize(broken, "int4")
         fake_quantize(broken, "int4[0]")
 
@@ -414,3 +415,41 @@ def test_gradients_pass_straight_through(lm):
 
 def test_bits_of_one_grid_share_a_form():
     assert IntGrid(4).bounds().high == 7 and parse_how("int4", "").form() == parse_how("int7", "").form()
+
+
+def test_e4m3_scales_hold_weights_of_any_size(w):
+    """They are kept in units of the matrix, so that small weights do not vanish (1e-6 relative). Control: without the
+    unit they do."""
+    for name in ("int8-scale_e4m3", "fp8_e4m3-scale_e4m3", "int4-g8-asym-scale_e4m3"):
+        error = np.linalg.norm(ours(w, name) - w) / np.linalg.norm(w)
+        small = w * F(1e-3)
+        assert np.linalg.norm(ours(small, name) - small) / np.linalg.norm(small) == pytest.approx(error, rel=0.05)
+        assert error < 0.15
+    assert (np.asarray(stored(np.abs(w * F(1e-3)).max(1) / 127, "e4m3")) == 0).all()
+
+
+def test_a_percentile_of_mostly_zeros_keeps_the_range():
+    w = np.zeros((2, 40), F)
+    w[0, :4] = [0.7, -0.3, 0.2, 0.1]
+    np.testing.assert_array_equal(ours(w, "int4-p80"), ours(w, "int4"))
+
+
+def test_chances_of_one_draw_are_independent():
+    """Stochastic rounding, noise and permutation of one draw and path; and a control's inner rounding is the scheme's
+    own. Control: a draw and itself."""
+    w = np.random.default_rng(0).normal(size=(64, 64)).astype(F)
+    errors = {
+        name: (ours(w, name, "blocks.0.mlp.up") - w).ravel()
+        for name in (
+            "int4-stochastic#1",
+            "noise@int8#1",
+            "permuted@int8#1",
+            "int4-stochastic",
+            "permuted@int4-stochastic",
+        )
+    }
+    a, b, c, own, inner = errors.values()
+    for x, y in ((a, b), (a, c), (b, c), (own, inner)):
+        assert abs(np.corrcoef(x, y)[0, 1]) < 5 / 64
+    assert np.corrcoef(a, a)[0, 1] > 0.99
+    np.testing.assert_allclose(np.sort(own), np.sort(inner), atol=1e-6)

@@ -178,7 +178,9 @@ REFUSED = {
     "int4-asym-half": "two of one kind (convention), `asym` and `half`",
     "int4-floor-ceil": "two of one kind (rounding mode)",
     "int4-mse-hqq": "two of one kind (scale rule)",
-    "int4-p101": "unknown part `p101`",
+    "int4-p101": "not a percentile between 50 and 100",
+    "int4-p1.2.3": "not a percentile",
+    "int4-p100": "not a percentile",
     "int4-p50": "not a percentile between 50 and 100",
     "int4-asym-absmax": "absmax is a symmetric rule",
     "int4-minmax": "minmax is an asymmetric rule",
@@ -188,6 +190,7 @@ REFUSED = {
     "int4-signed_full-scale_e8m0": "has no sign",
     "fp8_e4m3-asym": "unknown part `asym` of fp8_e4m3; nearest: absmax, away; possible: tensor",
     "fp8_e4m3-hqq": "unknown part `hqq`",
+    "nf4-g4097": "at most 4096 weights",
     "nf4-floor": "unknown part `floor` of nf4; possible: g64, double",
     "mxfp4-g32": "unknown part `g32`",
     "nvfp4-scale_even": "unknown part `scale_even`",
@@ -250,6 +253,9 @@ EXPANDED = {
     "int4[{0..2}],nf4": ["int4[0]", "int4[1]", "int4[2]", "nf4"],
     "int4[0,4-8],int8[mlp.up,mlp.down]+int4": ["int4[0,4-8]", "int8[mlp.down,mlp.up]+int4"],
     "noise@int4#{0..1}": ["noise@int4", "noise@int4#1"],
+    "int4[4-8,mlp.{gate,up}],int8": ["int4[4-8,mlp.gate]", "int4[4-8,mlp.up]", "int8"],
+    "int4[mlp.down,{0..1}]": ["int4[0,mlp.down]", "int4[1,mlp.down]"],
+    "fp[3]": ["fp"],
     "int4[{attn,mlp}]": ["int4[attn]", "int4[mlp]"],
 }
 
@@ -283,3 +289,22 @@ def test_within_layers():
         parse_scheme("int4[3]").within("4-8")
     with pytest.raises(UserError, match="`x-y` in brackets"):
         parse_scheme("int4").within("x-y")
+
+
+@pytest.mark.parametrize("thing", [None, 4, ["int4"]])
+def test_what_is_no_name_is_refused(thing):
+    with pytest.raises(UserError, match="is no name: give for example 'int4-g128'"):
+        parse_scheme(thing)
+
+
+@pytest.mark.parametrize("text", ["int{}", "int{8}", "int{8..}", "int{2..8..2}", "int{1..99999999}"])
+def test_braces_that_hold_one_thing(text):
+    with pytest.raises(UserError, match=r"braces hold a range or several things"):
+        parse_schemes(text)
+
+
+def test_braces_stand_for_a_bounded_number():
+    """Refused before all combinations are made."""
+    for text in ("int4-g{1..9999}", "int4-g{1..9999}-p{1..9999}", "int4-g{1..999}-b{1..9}x{1..9}"):
+        with pytest.raises(UserError, match="more than 1000 names"):
+            parse_schemes(text)
