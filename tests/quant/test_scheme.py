@@ -266,7 +266,7 @@ def test_braces_are_several_names(text, names):
     assert [str(scheme) for scheme in parse_schemes(text)] == names
 
 
-@pytest.mark.parametrize("text", ["int{4", "int4}", "int{8..2", "int{4,{5}"])
+@pytest.mark.parametrize("text", ["int{4", "int4}", "int{8..2", "int{4,{5,6}"])
 def test_braces_without_a_partner(text):
     with pytest.raises(UserError, match=r"has no partner"):
         parse_schemes(text)
