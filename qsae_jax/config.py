@@ -53,7 +53,8 @@ def _converted(hint: Any, value: Any, name: str) -> Any:
     origin = typing.get_origin(hint)
     if origin is tuple:
         if isinstance(value, str):
-            value = _toml_list(value) or [part for part in split_list(value) if part]
+            listed = _toml_list(value)
+            value = [part for part in split_list(value) if part] if listed is None else listed
         if not isinstance(value, list):
             raise UserError(f"key `{name}` is {value!r}, expected a list")
         return tuple(_converted(typing.get_args(hint)[0], item, name) for item in value)

@@ -6,6 +6,7 @@ axes are `AxisType.Auto`: under explicit axes a top-k over sharded latents is re
 """
 
 import ctypes
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def free_bytes() -> int:
 def return_freed() -> None:
     """Give freed memory back to the system. glibc keeps what many threads have freed in as many arenas: fifteen twins
     of 0.4 GiB, five at a time, left 5 GiB behind, and 0.1 after this."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim:
         trim(0)
 

@@ -61,7 +61,8 @@ class Matching:
         tried: dict[float, float] = {}
 
         def at(strength: float) -> float:
-            tried[strength] = self._perplexity(scheme.with_how(matched.at(strength)), stopped)
+            found = self._perplexity(scheme.with_how(matched.at(strength)), stopped)
+            tried[strength] = math.inf if math.isnan(found) else found
             advance(1, ppl=tried[strength], wanted=target)
             return tried[strength]
 

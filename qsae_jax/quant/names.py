@@ -173,6 +173,10 @@ def _check(grid: IntGrid | FloatGrid, rule: str, mode: str, kept: str, scheme: s
         (rule == "hqq" and grid.convention != "asym", f"hqq is asymmetric and has no convention {grid.convention}"),
         (rule == "hqq" and mode != "nearest", f"hqq rounds to the nearest, not by {mode}"),
         (kept in ("e4m3", "e8m0") and minimum, f"scale_{kept} does not hold the minimum that is kept beside the scale"),
+        (
+            mode in ("floor", "ceil") and grid.convention == "signed_full",
+            f"the scale of signed_full carries a sign, so {mode} has no one direction: take another convention",
+        ),
         (kept == "e8m0" and grid.convention == "signed_full", "scale_e8m0 has no sign, and signed_full needs one"),
     ):
         if wrong:

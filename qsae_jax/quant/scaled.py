@@ -65,10 +65,18 @@ class Scaled:
             clipped = scales.clipped(x, float(self.rule[1:]), convention) if self.rule.startswith("p") else x
             found = scales.RULES[convention](clipped, b)
         if self.rule == "mse":
-            nearest = replace(self, mode="nearest", rule="")
-            found = scales.mse(x, found, convention == "affine", lambda s: nearest.values(nearest.codes(x, s, b), s))
+            sure = replace(self, mode="nearest") if self.mode == "stochastic" else self
+
+            def values(shrunk: Scales) -> Array:
+                kept = self._kept(shrunk, unit)
+                return sure.values(sure.codes(x, kept, b), kept)
+
+            found = scales.mse(x, found, convention == "affine", values)
+        return self._kept(found, unit)
+
+    def _kept(self, found: Scales, unit: Array | float) -> Scales:
         scale, zero = found
-        keeps_zero = self.rule == "hqq" or convention == "affine"
+        keeps_zero = self.rule == "hqq" or self.grid.convention == "affine"
         return scales.stored(scale, self.stored, unit), scales.stored(zero, self.stored) if keeps_zero else zero
 
     def codes(self, x: Float32[Array, "*g n c"], found: Scales, b: Bounds, u: Array | None = None) -> Array:

@@ -38,7 +38,9 @@ class Where:
             return path in self.names
         layer, name = int(found[1]), found[2]
         here = not self.layers or any(a <= layer <= b for a, b in self.layers)
-        return here and (not self.names or any(_meant(pattern, name, path) for pattern in self.names))
+        inside = [pattern for pattern in self.names if pattern not in OUTSIDE]
+        every = not inside and (bool(self.layers) or not self.names)
+        return here and (every or any(_meant(pattern, name, path) for pattern in inside))
 
 
 EVERYWHERE = Where()

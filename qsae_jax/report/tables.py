@@ -38,7 +38,11 @@ AUDIT: tuple[tuple[str, str, Cell], ...] = (
     ("perplexity", "over every predicted token", lambda r: number(r["ppl"], 5)),
     ("change", "relative to full precision", lambda r: change(r["delta_ppl"])),
     ("KL", "mean KL(full precision, twin) per token, nats", lambda r: number(r["kl"], 3)),
-    ("weight error", "relative Frobenius norm over all block matrices", lambda r: number(r["weight_rel_error"], 3)),
+    (
+        "weight error",
+        "relative Frobenius norm over all block matrices, and embedding and head where touched",
+        lambda r: number(r["weight_rel_error"], 3),
+    ),
     ("activation error", "sum |a_q - a|^2 / sum |a|^2", lambda r: number(r["activation_rel_mse"], 3)),
     ("survived", "r > 0.9", lambda r: percent(r["survived"])),
     ("blurred", "0.5 <= r <= 0.9", lambda r: percent(r["blurred"])),

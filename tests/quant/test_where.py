@@ -24,6 +24,8 @@ TAKEN = {
     "int4[blocks.0.mlp.*]": {path for path in ALL if path.startswith("blocks.0.mlp.")},
     "int4[embed]": {"embed"},
     "int4[head]": {"head"},
+    "int4[0,embed]": {"embed"} | {path for path in ALL if path.startswith("blocks.0.")},
+    "int4[0,embed,mlp.up]": {"embed", "blocks.0.mlp.up"},
     "int4[*]": ALL,
     "int8[embed]+int4[head]+int4": ALL | {"embed", "head"},
     "fp[1]+int4": {path for path in ALL if path.startswith("blocks.0.")},
