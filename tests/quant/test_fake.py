@@ -142,8 +142,8 @@ def test_sixteen_bit_models(lm, slow_quantize):
 
 
 ON_A_MESH = (
-    *("int4", "int4-tensor", "int3-g7-asym", "int4-duan2026", "int4-g8-mse", "int4-g8-hqq", "int4-stochastic", "nvfp4"),
-    *("nf4-double", "q4_k", "prune0.3", "noise@int4", "permuted@int4", "int4[embed]+fp8_e4m3"),
+    *("int4", "int4-tensor", "int3-g7-asym", "int4-duan2026", "int4-g8-mse", "int4-g8-hqq", "int4-stochastic"),
+    *("nvfp4", "nf4-double", "prune0.3", "permuted@int4", "int4[embed]+fp8_e4m3"),
 )
 
 
