@@ -6,7 +6,7 @@ the element's largest value and `emax` its exponent (torchao's ScaleCalculationM
     floor    floor(log2 absmax) - emax                 OCP, torchao's default, GGUF; clips what is above `largest`
     ceil     the same, one more where absmax is no power of two
     rceil    ceil(log2(absmax / largest))              nothing is clipped
-    even     floor after absmax is rounded to the element's mantissa      compressed-tensors
+    even     floor after absmax is rounded to the element's mantissa      compressed-tensors (mxfp4, mxfp6)
 
 NVFP4: 16 inputs share an e4m3 scale, and the matrix a float32 scale absmax/2688, so that the largest block's scale
 is 448. (compressed-tensors, torchao; both levels.)
