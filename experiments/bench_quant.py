@@ -66,7 +66,7 @@ def ours(work: Path) -> dict[str, float]:
 
 def theirs(kind: str, work: Path) -> dict[str, float]:
     """Runs in the other environment: symmetric int4 in groups of 128, their own convention."""
-    import torch
+    torch = importlib.import_module("torch")
 
     files = np.load(work / "weights.npz")
     weights = [torch.from_numpy(files[name]) for name in files.files]
