@@ -24,8 +24,9 @@ from qsae_jax.lm.model import LM
 from qsae_jax.quant.codebook import Lookup
 from qsae_jax.quant.control import Matched
 from qsae_jax.quant.ggml import Ggml, kept_as
-from qsae_jax.quant.group import DUAN2026
+from qsae_jax.quant.group import CHANNEL, DUAN2026, Groups
 from qsae_jax.quant.how import How
+from qsae_jax.quant.mx import Blocks
 from qsae_jax.quant.rounding import straight_through
 from qsae_jax.quant.scaled import Scaled
 from qsae_jax.quant.scheme import Scheme, parse_scheme
@@ -48,11 +49,16 @@ def _as_matrix(w: Array, form: How, n_in: int) -> tuple[Array, Any]:
     matrix of rows as it stands in a file, `[outputs, inputs]`."""
     if not n_in:
         return w.T, lambda x: x.T
-    if getattr(getattr(form, "of", form), "groups", None) == DUAN2026 and n_in == 1 and w.ndim == 3:
+    if getattr(_base(form), "groups", None) == DUAN2026 and n_in == 1 and w.ndim == 3:
         d, h, k = w.shape
         return w.reshape(d * h, k), lambda x: x.reshape(d, h, k)
     n = int(np.prod(w.shape[:n_in]))
     return w.reshape(n, -1), lambda x: x.reshape(w.shape)
+
+
+def _base(how: How) -> Any:
+    """The quantizer whose errors a control takes; anything else itself."""
+    return getattr(how, "of", how)
 
 
 def round_weight(w: Float[Array, "..."], how: How, n_in: int = 1, path: str = "") -> Float[Array, "..."]:
@@ -111,8 +117,7 @@ def fake_quantize(lm: LM, scheme: str | Scheme) -> LM:
     scheme = parse_scheme(scheme)
     graph, state = nnx.split(lm)
     leaves = _takable(state)
-    chosen = assigned(leaves, scheme)
-    _check_sizes(scheme, {path: _inputs(leaves[path]) for path in chosen}, chosen)
+    chosen = _fitting(leaves, scheme)
     made = {path: _round_leaf(path, leaves[path], how) for path, how in chosen.items()}
     _check_finite({path: finite for path, (_, finite) in made.items()})
     flat = [(path, made.get(".".join(map(str, path)), (leaf,))[0]) for path, leaf in nnx.to_flat_state(state)]
@@ -124,13 +129,16 @@ def _inputs(leaf: nnx.Variable) -> int:
     return int(np.prod(leaf.shape[:n_in])) if n_in else leaf.shape[1]
 
 
-def _check_sizes(scheme: Scheme, inputs: dict[str, int], chosen: dict[str, How]) -> None:
-    for how in dict.fromkeys(chosen.values()):
-        how = getattr(how, "of", how)
-        widest = max(n for path, n in inputs.items() if getattr(chosen[path], "of", chosen[path]) == how)
-        if isinstance(how, Scaled) and how.groups.inputs > widest:
-            size = how.groups.inputs
-            raise UserError(f"scheme `{scheme}`: groups of {size} are wider than every matrix ({widest} inputs)")
+def _fitting(leaves: dict[str, nnx.Variable], scheme: Scheme) -> dict[str, How]:
+    """`assigned`, where every group fits into some matrix."""
+    chosen, widest = assigned(leaves, scheme), {}
+    for path, how in chosen.items():
+        widest[_base(how)] = max(widest.get(_base(how), 0), _inputs(leaves[path]))
+    for base, n in widest.items():
+        if isinstance(base, Scaled) and base.groups.inputs > n:
+            size = base.groups.inputs
+            raise UserError(f"scheme `{scheme}`: groups of {size} are wider than every matrix ({n} inputs)")
+    return chosen
 
 
 def _check_finite(flags: dict[str, Array]) -> None:
@@ -149,29 +157,26 @@ def departures(lm: LM, scheme: str | Scheme) -> list[str]:
     if scheme.matched:
         scheme = scheme.with_how(scheme.matched.of)
     leaves, told = weights(lm), {}
-    chosen = assigned(leaves, scheme)
-    _check_sizes(scheme, {path: _inputs(leaves[path]) for path in chosen}, chosen)
+    chosen = _fitting(leaves, scheme)
     for path, how in chosen.items():
-        n, base = _inputs(leaves[path]), getattr(how, "of", how)
-        if isinstance(base, Ggml) and (kind := kept_as(base.name, n)) != base.name:
-            told.setdefault(f"rows of {n} are kept as {kind}, as llama.cpp does where {base} does not fit", []).append(
-                path
-            )
-        size = base.groups.inputs if isinstance(base, Scaled) else getattr(base, "size", 0)
-        if (
-            isinstance(base, Scaled)
-            and base.groups.outputs > 1
-            and (rest := leaves[path].size // n % base.groups.outputs)
-        ):
-            why = f"of {leaves[path].size // n} outputs the last block has {rest} of {base.groups.outputs}"
-            told.setdefault(why, []).append(path)
-        if isinstance(base, Lookup) and n % base.block:
-            told.setdefault(
-                f"blocks of {base.block} run on from a row of {n} to the next, as bitsandbytes has them", []
-            ).append(path)
-        if size and n % size:
-            told.setdefault(f"in rows of {n} the last group has {n % size} of {size} weights", []).append(path)
+        for what in _remarks(_base(how), (n := _inputs(leaves[path]), leaves[path].size // n)):
+            told.setdefault(what, []).append(path)
     return [f"{scheme}: {what} ({len(paths)} matrices)" for what, paths in told.items()]
+
+
+def _remarks(base: How, shape: tuple[int, int]) -> Iterator[str]:
+    """What the size of a matrix `[inputs, outputs]` makes of a quantizer."""
+    n, o = shape
+    if isinstance(base, Ggml) and (kind := kept_as(base.name, n)) != base.name:
+        yield f"rows of {n} are kept as {kind}, as llama.cpp does where {base} does not fit"
+    if isinstance(base, Lookup) and n % base.block:
+        yield f"blocks of {base.block} run on from a row of {n} to the next, as bitsandbytes has them"
+    groups = base.groups if isinstance(base, Scaled) else Groups(base.size) if isinstance(base, Blocks) else CHANNEL
+    rows, columns = groups.rest(shape)
+    if columns:
+        yield f"of {o} outputs the last block has {columns} of {groups.outputs}"
+    if rows:
+        yield f"in rows of {n} the last group has {rows} of {groups.inputs} weights"
 
 
 @jax.jit

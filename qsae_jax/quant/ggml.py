@@ -24,7 +24,7 @@ from jaxtyping import Array, Float32
 from qsae_jax.products import alone
 from qsae_jax.quant.codebook import nearest_of
 from qsae_jax.quant.group import Groups
-from qsae_jax.quant.kquant import K_TYPES, TINY, divided, summed
+from qsae_jax.quant.kquant import K_TYPES, TINY, divided, summed, values
 from qsae_jax.quant.rounding import MODES
 from qsae_jax.quant.scale import first_largest, inverse, stored
 
@@ -84,7 +84,7 @@ TYPES: dict[str, tuple[int, Callable[[Array], Array]]] = {
     "q4_1": (32, lambda x: _minimum(x, 15)),
     "q5_1": (32, lambda x: _minimum(x, 31)),
     "iq4_nl": (32, iq4_nl),
-    **{name: (256, lambda x, k=k: k.values(k.quantized(x))) for name, k in K_TYPES.items()},
+    **{name: (256, lambda x, k=k: values(k(x))) for name, k in K_TYPES.items()},
 }
 """Each type's block of inputs, and what becomes of blocks `[g, block, o]`."""
 

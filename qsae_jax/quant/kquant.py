@@ -8,6 +8,7 @@ when it is compiled without fused operations: the codes are the same. Blocks are
 next to last axis; within, `[g, sub-blocks, elements, o]`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,7 +54,8 @@ def _sub_blocks(x: Array, count: int) -> Array:
     return x.reshape(x.shape[0], count, x.shape[1] // count, x.shape[2])
 
 
-def _values(p: Parts) -> Array:
+def values(p: Parts) -> Float32[Array, "g 256 o"]:
+    """What the parts stand for, as a file's reader gets it."""
     out = alone((p.d * p.scales) * p.codes) - p.dmin * p.mins
     return out.reshape(out.shape[0], -1, out.shape[-1])
 
@@ -72,9 +74,7 @@ class WithMinimum:
     absolute: bool
     """Errors by magnitude, weighted by |x|; else by square, weighted by |x| + its root mean square."""
 
-    values = staticmethod(_values)
-
-    def quantized(self, x: Float32[Array, "g 256 o"]) -> Parts:
+    def __call__(self, x: Float32[Array, "g 256 o"]) -> Parts:
         x = _sub_blocks(x, self.count)
         weight = jnp.abs(x)
         if not self.absolute:
@@ -147,70 +147,61 @@ def _final(x: Array, scale: Array, low: int, high: int, top: int) -> Parts:
     return Parts(d, zero, scales, jnp.zeros_like(scales), jnp.where(step == 0, 0.0, codes))
 
 
-class Q6K:
-    """q6_k: for 19 scales around -32/extremum the codes and the least-squares scale to them, errors weighted by x²."""
-
-    count = 16
-    values = staticmethod(_values)
-
-    @staticmethod
-    def quantized(x: Float32[Array, "g 256 o"]) -> Parts:
-        x = _sub_blocks(x, 16)
-        extremum, w = first_largest(x), x * x
-        some = jnp.abs(extremum) >= TINY
-        around = jnp.where(some, extremum, 1.0)
-
-        def fit(i: Array) -> tuple[Array, Array]:
-            q = jnp.clip(jnp.round(-(32 + alone(np.float32(0.1) * i)) / around * x), -32, 31)
-            return _fit(x, q, w)
-
-        def step(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-            scale, gain = best
-            lx, ll = fit(i)
-            better = (i != 0) & (ll > 0) & (lx * lx > gain * ll)
-            found = lx / jnp.where(ll > 0, ll, 1.0)
-            return jnp.where(better, found, scale), jnp.where(better, found * lx, gain)
-
-        lx, ll = fit(jnp.float32(0))
-        scale = jnp.where(ll > 0, lx / jnp.where(ll > 0, ll, 1.0), 0.0)
-        scale, _ = jax.lax.fori_loop(0, 19, lambda i, b: step(jnp.asarray(i, jnp.float32) - 9, b), (scale, scale * lx))
-        return _final(x, jnp.where(some, scale, 0.0), -32, 31, 128)
+def _around(x: Array) -> tuple[Array, Array]:
+    """Of each sub-block the element of largest magnitude, 1 where it counts as zero; and where it does not."""
+    extremum = first_largest(x)
+    some = jnp.abs(extremum) >= TINY
+    return jnp.where(some, extremum, 1.0), some
 
 
-class Q3K:
-    """q3_k: codes from -4/extremum, then each in turn moved to where the least-squares scale explains more, five
-    times over."""
+def q6_k(x: Float32[Array, "g 256 o"]) -> Parts:
+    """For 19 scales around -32/extremum the codes and the least-squares scale to them, errors weighted by x²."""
+    x = _sub_blocks(x, 16)
+    (around, some), w = _around(x), x * x
 
-    count = 16
-    values = staticmethod(_values)
+    def fit(i: Array) -> tuple[Array, Array]:
+        q = jnp.clip(jnp.round(-(32 + alone(np.float32(0.1) * i)) / around * x), -32, 31)
+        return _fit(x, q, w)
 
-    @staticmethod
-    def quantized(x: Float32[Array, "g 256 o"]) -> Parts:
-        x = _sub_blocks(x, 16)
-        extremum, w = first_largest(x), x * x
-        some = jnp.abs(extremum) >= TINY
-        q = jnp.clip(jnp.round(-4 / jnp.where(some, extremum, 1.0) * x), -4, 3)
+    def step(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        scale, gain = best
+        lx, ll = fit(i)
+        better = (i != 0) & (ll > 0) & (lx * lx > gain * ll)
+        found = lx / jnp.where(ll > 0, ll, 1.0)
+        return jnp.where(better, found, scale), jnp.where(better, found * lx, gain)
 
-        def move(k: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            q, lx, ll = state
-            i = k % x.shape[2]
-            xi, wi, qi = (jax.lax.dynamic_slice_in_dim(y, i, 1, axis=2) for y in (x, w, q))
-            rest_x, rest = lx - alone(wi * xi * qi), ll - alone(wi * qi * qi)
-            ok = rest_x > 0
-            new = jnp.clip(jnp.round(xi * rest / jnp.where(ok, rest_x, 1.0)), -4, 3)
-            new_x, new_l = rest_x + alone(wi * xi * new), rest + alone(wi * new * new)
-            better = ok & (new != qi) & (new_l > 0) & (new_x * new_x * ll > lx * lx * new_l)
-            q = jax.lax.dynamic_update_slice_in_dim(q, jnp.where(better, new, qi), i, axis=2)
-            return q, jnp.where(better, new_x, lx), jnp.where(better, new_l, ll)
-
-        _, lx, ll = jax.lax.fori_loop(0, 5 * x.shape[2], move, (q, *_fit(x, q, w)))
-        return _final(x, jnp.where(some & (ll > 0), lx / jnp.where(ll > 0, ll, 1.0), 0.0), -4, 3, 32)
+    lx, ll = fit(jnp.float32(0))
+    scale = jnp.where(ll > 0, lx / jnp.where(ll > 0, ll, 1.0), 0.0)
+    scale, _ = jax.lax.fori_loop(0, 19, lambda i, b: step(jnp.asarray(i, jnp.float32) - 9, b), (scale, scale * lx))
+    return _final(x, jnp.where(some, scale, 0.0), -32, 31, 128)
 
 
-K_TYPES = {
+def q3_k(x: Float32[Array, "g 256 o"]) -> Parts:
+    """Codes from -4/extremum; five times over each is moved to where the least-squares scale explains more."""
+    x = _sub_blocks(x, 16)
+    (around, some), w = _around(x), x * x
+    q = jnp.clip(jnp.round(-4 / around * x), -4, 3)
+
+    def move(k: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        q, lx, ll = state
+        i = k % x.shape[2]
+        xi, wi, qi = (jax.lax.dynamic_slice_in_dim(y, i, 1, axis=2) for y in (x, w, q))
+        rest_x, rest = lx - alone(wi * xi * qi), ll - alone(wi * qi * qi)
+        ok = rest_x > 0
+        new = jnp.clip(jnp.round(xi * rest / jnp.where(ok, rest_x, 1.0)), -4, 3)
+        new_x, new_l = rest_x + alone(wi * xi * new), rest + alone(wi * new * new)
+        better = ok & (new != qi) & (new_l > 0) & (new_x * new_x * ll > lx * lx * new_l)
+        q = jax.lax.dynamic_update_slice_in_dim(q, jnp.where(better, new, qi), i, axis=2)
+        return q, jnp.where(better, new_x, lx), jnp.where(better, new_l, ll)
+
+    _, lx, ll = jax.lax.fori_loop(0, 5 * x.shape[2], move, (q, *_fit(x, q, w)))
+    return _final(x, jnp.where(some & (ll > 0), lx / jnp.where(ll > 0, ll, 1.0), 0.0), -4, 3, 32)
+
+
+K_TYPES: dict[str, Callable[[Array], Parts]] = {
     "q2_k": WithMinimum(16, 3, 15, -0.5, 15, absolute=True),
-    "q3_k": Q3K,
+    "q3_k": q3_k,
     "q4_k": WithMinimum(8, 15, 63, -1.0, 20, absolute=False),
     "q5_k": WithMinimum(8, 31, 63, -0.5, 15, absolute=False),
-    "q6_k": Q6K,
+    "q6_k": q6_k,
 }

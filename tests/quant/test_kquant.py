@@ -68,7 +68,7 @@ def values(name):
 @cache
 def parts(name):
     """d, dmin `[rows]`, scales, mins `[rows, s]` and codes `[rows, 256]`, one operation after the other."""
-    found = jax.device_get(K_TYPES[name].quantized(np.ascontiguousarray(rows().T)[None]))
+    found = jax.device_get(K_TYPES[name](np.ascontiguousarray(rows().T)[None]))
     return [v.reshape(64) for v in found[:2]] + [v[0].reshape(-1, 64).T for v in found[2:]]
 
 
