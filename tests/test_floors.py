@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qsae_jax"
 
 FLOORS = [
-    ["config", "errors", "files", "mesh", "products", "store", "stats", "progress"],
+    ["config", "errors", "files", "hub", "mesh", "products", "store", "stats", "progress"],
     ["lm"],
     ["quant"],
     ["acts"],
