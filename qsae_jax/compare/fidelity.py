@@ -50,7 +50,7 @@ def splice(sae: SAE, x: Float[Array, "b s d"], skip: Float[Array, "s"]) -> tuple
     kept = skip.reshape((1, -1) + (1,) * (x.ndim - 2))
     flat = x.reshape(*x.shape[:2], -1).astype(jnp.float32)
     codes = sae.encode(flat)
-    xhat = sae.decode(codes)
+    xhat = sae.decode(codes, flat)
     w = 1 - skip[None, :]
     sums = {
         "error": jnp.sum(w * jnp.sum((flat - xhat) ** 2, axis=-1), axis=1),

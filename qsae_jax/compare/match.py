@@ -29,7 +29,7 @@ def match(
     if not alive_one.any() or not alive_other.any():
         return dict.fromkeys(("mmcs", "mnn", "assigned"), 0.0)
     decoders = [unit(np.asarray(s.W_dec[...])[a]) for s, a in ((one, alive_one), (other, alive_other))]
-    encoders = [unit(np.asarray(s.W_enc[...]).T[a]) for s, a in ((one, alive_one), (other, alive_other))]
+    encoders = [unit(np.asarray(s.encoder[...])[a]) for s, a in ((one, alive_one), (other, alive_other))]
     return matched(decoders[0] @ decoders[1].T, encoders[0] @ encoders[1].T)
 
 

@@ -28,7 +28,7 @@ def reconstruction_sums(
     """What FVU and L0 are made of: `error` sum |x - xhat|^2, `x` sum (x - shift) `[d]`, `xx` sum |x - shift|^2,
     `active` the number of nonzero codes, `n` the number of counted rows."""
     away = x.astype(jnp.float32) - shift[None]
-    error = x.astype(jnp.float32) - sae.decode(codes)
+    error = x.astype(jnp.float32) - sae.decode(codes, x)
     return {
         "error": over_rows(weight * jnp.sum(error**2, axis=-1)),
         "x": over_rows(away * weight[:, None]),

@@ -13,7 +13,7 @@ from qsae_jax.errors import UserError
 from qsae_jax.sae.formats import load_sae, load_stored, save_sae
 from qsae_jax.sae.sparsity import ReLU, TopK
 
-GOLDENS = Path(__file__).parent / "goldens"
+GOLDENS = Path(__file__).parents[1] / "goldens"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums of 8 and 24 products
 # What each golden shows, and the change to cfg.json that would ignore it.
 FACTS = {
@@ -75,7 +75,7 @@ def test_other_floats_are_read_as_float32(copied, dtype):
     save_file({k: v * v.dtype.type(1 / 3) for k, v in arrays.items()}, folder / "sae_weights.safetensors")
     sae, right = load_sae(folder), arrays["W_enc"] * arrays["W_enc"].dtype.type(1 / 3)
     assert sae.W_enc.dtype == jnp.float32
-    assert np.array_equal(sae.W_enc[...], right.astype(np.float32))
+    assert np.array_equal(sae.W_enc, right.astype(np.float32))
     assert np.array_equal(right.astype(np.float32), right) == (dtype != "float64")
 
 
@@ -137,16 +137,23 @@ FAULTS = {
     "array missing": (rewritten(lambda a: a.pop("b_dec")), "expected W_enc, b_enc, W_dec, b_dec"),
     "array unknown": (rewritten(lambda a: a.update(threshold=a["b_enc"].copy())), "holds .*threshold"),
     "widths": (lambda folder: edit(folder, d_sae=25), r"\(8, 25\): correct cfg.json"),
-    "architecture": (lambda folder: edit(folder, architecture="batchtopk"), "`batchtopk` is not supported .*topk"),
-    "normalised": (lambda folder: edit(folder, normalize_activations="layer_norm"), "normalize_activations"),
-    "heads": (lambda folder: edit(folder, reshape_activations="hook_z"), "reshape_activations `hook_z`"),
+    "architecture": (
+        lambda folder: edit(folder, architecture="matching_pursuit"),
+        "`matching_pursuit` is not supported",
+    ),
+    "unfinished": (lambda folder: edit(folder, architecture="batchtopk"), "expected .*topk_threshold"),
+    "whitened": (lambda folder: edit(folder, normalize_activations="covariance_whitening"), "covariance_whitening"),
+    "no scale": (lambda folder: edit(folder, normalize_activations="expected_average_only_in"), "no activation_scaler"),
+    "heads": (lambda folder: edit(folder, reshape_activations="hook_q"), "reshape_activations `hook_q`"),
+    "unknown key": (lambda folder: edit(folder, rescale_acts_by_decoder_norms=True), "unknown key.*nearest: rescale"),
     "k too big": (lambda folder: edit(folder, k=25), "k 25, expected a whole number up to 24"),
     "k missing": (lambda folder: edit(folder, k=None), "k None"),
     "k no number": (lambda folder: edit(folder, k="3"), "k '3'"),
     "k zero": (lambda folder: edit(folder, k=0), "k 0"),
-    "old topk": (
-        lambda folder: edit(folder, architecture="standard", activation_fn_str="topk"),
-        "activation function `topk` of an old SAELens",
+    "two owners": (lambda folder: (folder / "params.npz").touch(), "of different dictionaries"),
+    "another": (
+        lambda folder: [p.unlink() for p in folder.iterdir()],
+        "holds nothing; a dictionary's folder has one of",
     ),
 }
 
