@@ -78,7 +78,7 @@ def _lengths(cfg: Mapping[str, Any], found: Arrays) -> dict[str, float]:
     weights, which are taken off them."""
     lengths = dict(cfg.get(NORM) or {})
     for name in [name for name in found if name.startswith(f"{NORM}.")]:
-        lengths[name.removeprefix(f"{NORM}.")] = float(found.pop(name))
+        lengths[name.removeprefix(f"{NORM}.")] = found.pop(name).item()
     return lengths
 
 

@@ -67,7 +67,7 @@ def read(folder: Path, told: Mapping[str, Any]) -> Stored:
     """`told` may hold the `norm_scaling_factor` that pretrained_saes.yaml has."""
     cfg = read_json(folder / "cfg.json")
     version, cfg = _of_six(folder, cfg)
-    kind = cfg.get("architecture", "standard")
+    kind = cfg.get("architecture") or "standard"
     if kind not in ARRAYS:
         raise UserError(
             f"`{folder}`: architecture `{kind}` is not supported ({', '.join(ARRAYS)}){nearest(str(kind), ARRAYS)}"
@@ -154,7 +154,7 @@ def _one_threshold(arrays: Arrays) -> Arrays:
 
 def _check(folder: Path, arrays: Arrays, cfg: Mapping[str, Any]) -> None:
     d, m = cfg.get("d_in"), cfg.get("d_sae")
-    out = cfg.get("d_out", d) if "transcoder" in cfg.get("architecture", "") else d
+    out = cfg.get("d_out", d) if "transcoder" in (cfg.get("architecture") or "") else d
     shapes = {"W_enc": (d, m), "W_dec": (m, out), "W_skip": (out, d), "topk_threshold": ()}
     for name in [name for name in shapes if name in arrays]:
         if arrays[name].shape != shapes[name]:
