@@ -63,24 +63,25 @@ def find(source: str | Path) -> Found:
                     f"another that `qsae sae info` knows, or hf:ORG/NAME/PATH{known}")  # fmt: skip
 
 
-def owner_of(path: Path) -> str:
-    """The owner of a folder's format, or of a file's."""
+def owner_of(path: Path, said: str = "") -> str:
+    """The owner of a folder's format, or of a file's; `said` is what the user calls it."""
+    said = said or str(path)
     if path.is_file():
         owner = "pickled" if path.suffix == ".pt" else MARKS.get(path.name)
         if owner is None:
-            raise UserError(f"`{path}` is no file of a dictionary: give one of {', '.join(MARKS)}, or its folder")
+            raise UserError(f"`{said}` is no file of a dictionary: give one of {', '.join(MARKS)}, or its folder")
         return owner
     marks = [name for name in MARKS if (path / name).is_file()]
     owners = {MARKS[name] for name in marks}
     if owners == {"saelens"} and (path / "config.json").is_file() and not (path / "cfg.json").is_file():
         return "llama_scope"
     if len(marks) > 1:
-        raise UserError(f"`{path}` holds {' and '.join(marks)}, of different dictionaries: give one of these files")
+        raise UserError(f"`{said}` holds {' and '.join(marks)}, of different dictionaries: give one of these files")
     if not marks and (path / "cfg.json").is_file():
         return "saelens"  # whose reader says what is missing
     if not marks:
         there = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-        raise UserError(f"`{path}` holds {there}; a dictionary's folder has one of {', '.join(MARKS)}: check the path")
+        raise UserError(f"`{said}` holds {there}; a dictionary's folder has one of {', '.join(MARKS)}: check the path")
     return owners.pop()
 
 
@@ -110,7 +111,7 @@ def _downloaded(source: str, name: str, revision: str, inside: str, told: dict[s
     if not path.exists():
         raise UserError(f"`{source}`: the repository has no dictionary at `{inside}`: check the path at "
                         f"https://huggingface.co/{name}")  # fmt: skip
-    return Found(path, owner_of(path), told | {"path": f"{name}/{folder}".rstrip("/")})
+    return Found(path, owner_of(path, source), told | {"path": f"{name}/{folder}".rstrip("/")})
 
 
 @cache
