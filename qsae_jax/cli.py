@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from qsae_jax.errors import Interrupted, UserError, nearest
 
-VERBS = ("demo", "run", "audit", "train", "compare", "quantize", "report", "schemes", "points")
+VERBS = ("demo", "run", "audit", "train", "compare", "quantize", "report", "schemes", "points", "sae")
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,7 +33,7 @@ def parser() -> Parser:
     _set(run)
     audit = verbs.add_parser("audit", help="what becomes of a frozen dictionary's features under each scheme")
     _source(audit)
-    audit.add_argument("--sae", required=True, help="folder in SAELens format")
+    audit.add_argument("--sae", required=True, help="folder, file, hf:ORG/NAME/PATH, RELEASE/ID of SAELens")
     audit.add_argument("--schemes", required=True, help="comma-separated, for example int8,int6,int4-g128")
     _out(audit, required=True)
     train = verbs.add_parser("train", help="dictionaries on full-precision and on quantized activations")
@@ -60,10 +60,23 @@ def parser() -> Parser:
     verbs.add_parser("points", help="draw a model: its blocks, shapes, parameters and points").add_argument(
         "--model", required=True
     )
+    _dictionary(verbs.add_parser("sae", help="look into a dictionary, or write it in another format"))
     for name, verb in verbs.choices.items():
         verb.set_defaults(verb=name)
         verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return top
+
+
+def _dictionary(verb: argparse.ArgumentParser) -> None:
+    what = verb.add_subparsers(dest="what", metavar="info|convert", required=True, parser_class=Parser)
+    info = what.add_parser("info", help="what a dictionary is, and what state it is in")
+    info.add_argument("--json", action="store_true", help="print the facts as JSON")
+    convert = what.add_parser("convert", help="write a dictionary in another format")
+    convert.add_argument("--to", required=True, help="saelens, dictionary_learning, sparsify or gemma_scope")
+    _out(convert, required=True)
+    for one in (info, convert):
+        one.add_argument("source", metavar="SOURCE", help="folder, file, hf:ORG/NAME/PATH, RELEASE/ID of SAELens")
+        one.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _out(verb: argparse.ArgumentParser, default: str | None = None, required: bool = False) -> None:

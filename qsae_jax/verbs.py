@@ -3,6 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
+from qsae_jax import dictionaries
 from qsae_jax.acts.stream import ActivationStream
 from qsae_jax.acts.tokens import Windows, load_windows
 from qsae_jax.audit.run import audit as run_audit
@@ -128,6 +129,10 @@ def quantize(given: Namespace, command: str) -> None:
 
 def report(given: Namespace, command: str) -> None:
     _tell(write_report(Path(given.folder)))
+
+
+def sae(given: Namespace, command: str) -> None:
+    getattr(dictionaries, given.what)(given)
 
 
 def schemes(given: Namespace, command: str) -> None:

@@ -20,7 +20,7 @@ FLOORS = [
     ["sae"],
     ["audit", "compare"],
     ["report", "recipe", "record", "study", "plan"],
-    ["verbs"],
+    ["verbs", "dictionaries"],
     ["cli", "__main__"],
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}

@@ -109,7 +109,7 @@ def _of_six(folder: Path, cfg: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The facts as SAELens 6 names them, and the version that wrote them."""
     metadata: dict[str, Any] = cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else {}
     version = str(cfg.get("sae_lens_version") or metadata.get("sae_lens_version") or "before 6")
-    if version[0].isdigit() and int(version.split(".")[0]) >= 6:
+    if _is_six(version):
         stored.expect_keys(folder / "cfg.json", cfg, COMMON | TRAINING)
         return version, cfg
     short = {
@@ -131,6 +131,11 @@ def _of_six(folder: Path, cfg: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         flat["normalize_activations"] = "expected_average_only_in" if norm else "none"
     flat["metadata"] = metadata | {key: flat[key] for key in FACTS if flat.get(key) is not None}
     return version, flat
+
+
+def _is_six(version: str) -> bool:
+    first = version.partition(".")[0]
+    return first.isdigit() and int(first) >= 6
 
 
 def _without_scaling_factor(folder: Path, arrays: Arrays, cfg: Mapping[str, Any]) -> Arrays:
@@ -210,8 +215,8 @@ def write(sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> None:
         "apply_b_dec_to_input": sae.centred,
         "normalize_activations": norm,
         "reshape_activations": reshape,
-        "metadata": {"sae_lens_version": VERSION}
-        | {key: value for key, value in metadata.items() if key != "reshape_activations"},
+        "metadata": {key: value for key, value in metadata.items() if key != "reshape_activations"}
+        | {"sae_lens_version": said if _is_six(said := str(metadata.get("sae_lens_version"))) else VERSION},
     }
     if isinstance(sae.sparsity, TopK):
         cfg |= {"k": sae.sparsity.k, "rescale_acts_by_decoder_norm": False}
