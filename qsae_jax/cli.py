@@ -39,7 +39,11 @@ def parser() -> Parser:
     train = verbs.add_parser("train", help="dictionaries on full-precision and on quantized activations")
     _source(train)
     train.add_argument("--schemes", default="fp", help="one dictionary each, for example fp,int4")
-    train.add_argument("--sae", default="topk", choices=("topk", "relu"))
+    train.add_argument("--sae", default="", metavar="KIND[,KIND]",
+                       help="topk, batchtopk, matryoshka, jumprelu, gated, relu, p_anneal; default: topk")  # fmt: skip
+    train.add_argument("--target", metavar="POINT", help="a transcoder: reconstruct this point from --point")
+    train.add_argument("--crosscoder", action="store_true", help="one dictionary over all schemes side by side")
+    train.add_argument("--from", dest="start", metavar="SAE", help="go on from a dictionary that is there")
     _set(train)
     _out(train, required=True)
     compare = verbs.add_parser("compare", help="transferred against retrained, and a verdict")

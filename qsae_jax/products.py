@@ -24,3 +24,8 @@ def alone(product: Float32[Array, "*n"]) -> Float32[Array, "*n"]:
     keeps it from that; a minimum between the two does, and changes no finite number. (A maximum does not always: of
     a square it is known that it is not negative.)"""
     return jnp.minimum(product, _HIGHEST)
+
+
+def along(bias: Float32[Array, "n"], x: Float32[Array, "*b n"]) -> Float32[Array, "*b n"]:
+    """A bias as a row under x: rank promotion stays an error elsewhere."""
+    return bias.reshape((1,) * (x.ndim - 1) + (-1,))

@@ -1,14 +1,14 @@
 """What decides the numbers of a study, as frozen dataclasses; and the demo's."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qsae_jax.config import build, check_at_least, read_toml, with_settings
 from qsae_jax.errors import UserError
 from qsae_jax.lm.process import check_processing
 from qsae_jax.lm.sources import SMOLLM2
-from qsae_jax.sae.train import SAEConfig
+from qsae_jax.sae.settings import SAEConfig
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,14 @@ class TrainConfig:
     seed: int = 0
     shuffle: int = 0
     """The seed of the order of tokens, the same for all dictionaries."""
+    log: tuple[str, ...] = ()
+    """Where metrics go besides the JSON lines: tensorboard, wandb."""
 
     def __post_init__(self) -> None:
         check_at_least(self, "train.", tokens=1, batch=1, seed=0, shuffle=0)
+
+    def without_seed(self) -> "TrainConfig":
+        return replace(self, seed=0)
 
 
 @dataclass(frozen=True)

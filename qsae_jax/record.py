@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qsae_jax.acts.tokens import Windows
+from qsae_jax.config import as_tables
 from qsae_jax.lm.config import LMConfig
 from qsae_jax.lm.load import stored_as
 from qsae_jax.lm.process import moves
@@ -30,13 +31,17 @@ def notes_on(model: str, processing: str) -> list[str]:
     return notes
 
 
-def origin(model: str, processing: str, point: str, windows: Windows, skip_first: int, tokens: str) -> dict[str, Any]:
-    """What SAELens records of a dictionary's origin, under its names; and the processing of the model's weights."""
-    hook = ".".join(
+def hook_of(point: str) -> str:
+    """A point as TransformerLens spells it."""
+    return ".".join(
         f"hook_{part}" if part == "embed" or (i in (2, 3) and part not in ("attn", "mlp")) else part
         for i, part in enumerate(point.split("."))
     )
-    facts = {"model_name": model, "hook_name": hook, "context_size": windows.seq, "dataset_path": tokens}
+
+
+def origin(model: str, processing: str, point: str, windows: Windows, skip_first: int, tokens: str) -> dict[str, Any]:
+    """What SAELens records of a dictionary's origin, under its names; and the processing of the model's weights."""
+    facts = {"model_name": model, "hook_name": hook_of(point), "context_size": windows.seq, "dataset_path": tokens}
     facts |= {"prepend_bos": windows.bos, "seqpos_slice": [skip_first, None], "model_class_name": "qsae_jax.LM"}
     return facts | {"processing": processing}
 
@@ -84,8 +89,11 @@ def differences(
 
 
 def learned(job: Job, train: TrainConfig) -> dict[str, Any]:
-    """What a dictionary's file says of its training."""
-    return {"quantization": job.twin, "seed": job.seed, "training_tokens": train.tokens}
+    """What a dictionary's file says of its training. A crosscoder's widths hold its twins one after the other."""
+    facts = {"quantization": job.twin, "seed": job.seed, "training_tokens": train.tokens}
+    facts |= {"crosscoder": job.twins} if len(job.twins) > 1 else {}
+    facts |= {"trained_from": job.origin} if job.origin else {}
+    return facts | ({"training": as_tables(job.config)} if job.config else {})
 
 
 def described(command: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -162,7 +162,7 @@ class Stages:
             skip_first=s.tokens.skip_first,
             forward=s.batch,
         )
-        saes = fit(stream, self.jobs, s.sae, s.train.tokens, self.out / "train")
+        saes = fit(stream, self.jobs, s.sae, s.train.tokens, self.out / "train", log=s.train.log)
         for name, sae in saes.items():
             facts = origin(s.model, s.processing, s.point, self.windows, s.tokens.skip_first, s.tokens.source)
             save_sae(sae, self.out / "saes" / name, facts | learned(self.jobs[name], s.train))

@@ -8,9 +8,9 @@ from qsae_jax.acts.stream import ActivationStream
 from qsae_jax.acts.tokens import Windows, load_windows
 from qsae_jax.audit.run import audit as run_audit
 from qsae_jax.compare.transfer import compare as run_compare
-from qsae_jax.config import build, with_settings
 from qsae_jax.errors import UserError
 from qsae_jax.files import make_folder, read_json, write_json
+from qsae_jax.jobs import plan_jobs
 from qsae_jax.lm.draw import drawing
 from qsae_jax.lm.load import load_config, load_lm, stored_as
 from qsae_jax.lm.model import LM
@@ -23,12 +23,12 @@ from qsae_jax.quant import scheme as scheme_names
 from qsae_jax.quant.fake import departures, fake_quantize, weight_errors
 from qsae_jax.quant.names import EXAMPLES
 from qsae_jax.quant.scheme import Scheme, parse_scheme, parse_schemes
-from qsae_jax.recipe import DEMO, TrainConfig, read_study
-from qsae_jax.record import described, differences, learned, notes_on, origin
+from qsae_jax.recipe import DEMO, read_study
+from qsae_jax.record import described, differences, hook_of, learned, notes_on, origin
 from qsae_jax.report import write_report
-from qsae_jax.sae.fit import Job, fit, forget_steps
+from qsae_jax.sae.fit import fit, forget_steps
 from qsae_jax.sae.formats import Stored, load_stored, save_sae
-from qsae_jax.sae.train import SAEConfig
+from qsae_jax.sae.settings import SAEConfig
 from qsae_jax.study import run_study
 
 
@@ -60,23 +60,26 @@ def audit(given: Namespace, command: str) -> None:
 
 def train(given: Namespace, command: str) -> None:
     schemes, out = _schemes(given), make_folder(Path(given.out))
-    defaults = {"sae": {"sparsity": given.sae}, "train": {}}
-    tables = with_settings(defaults, given.set)
-    if unknown := set(tables) - {"sae", "train"}:
-        raise UserError(f"--set: unknown table `{sorted(unknown)[0]}`; possible: sae.*, train.*")
-    config, how = build(SAEConfig, tables["sae"], "sae."), build(TrainConfig, tables["train"], "train.")
     mesh = parse_mesh(given.mesh)
+    before = {given.start: load_stored(given.start, mesh)} if given.start else {}
+    names = [str(scheme) for scheme in schemes]
+    if given.crosscoder and len(names) < 2:
+        raise UserError("--crosscoder reads several twins side by side: name them with --schemes, for example fp,int4")
+    jobs, how = plan_jobs(["+".join(names)] if given.crosscoder else names, given.sae, given.set, before)
     if not given.point:
         raise UserError("train needs --point, for example --point blocks.8.resid_post; `qsae points` lists them")
     lm = load_lm(given.model, mesh=mesh, processing=given.processing)
     windows, point = _windows(given, lm), check_point(lm, given.point)
+    target = check_point(lm, given.target) if given.target else None
     twins = {str(scheme): fake_quantize(lm, scheme) for scheme in schemes}
-    stream = ActivationStream(twins, point, windows, mesh, batch=how.batch, seed=how.shuffle,
+    stream = ActivationStream(twins, point, windows, mesh, batch=how.batch, seed=how.shuffle, target=target,
                               skip_first=given.skip_first, forward=given.batch)  # fmt: skip
-    saes = fit(stream, {name: Job(name, how.seed) for name in twins}, config, how.tokens, out / "train")
+    initial = {name: stored.sae for name in jobs for stored in before.values()}
+    saes = fit(stream, jobs, SAEConfig(), how.tokens, out / "train", initial, how.log)
     for name, sae in saes.items():
         facts = origin(given.model, given.processing, str(point), windows, given.skip_first, given.tokens)
-        save_sae(sae, out / "saes" / name, facts | learned(Job(name, how.seed), how))
+        facts |= learned(jobs[name], how) | ({"hook_name_out": hook_of(str(target))} if target else {})
+        save_sae(sae, out / "saes" / name, facts)
         print(f"{name}: {out / 'saes' / name}")
     forget_steps(out / "train")
     _record(given, command, out)

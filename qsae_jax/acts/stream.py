@@ -4,8 +4,12 @@ The order is a pure function of the seed: windows come from Grain's shuffle, `wi
 block, the rows of block j are permuted by the generator (seed, j), and batches are cut from the endless row of
 blocks. The whole state is therefore one integer, the number of rows given out, and a stream that goes on from it
 gives the same bits. Every counted token is given out once an epoch; a batch may span two blocks.
+
+Two blocks are held: while one is given out, the forward passes of the next are asked for, a few with every batch. JAX
+runs them in the order asked, so that neither the model nor what trains on its activations waits for the other.
 """
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,7 +48,10 @@ class ActivationStream:
     windows_per_block: int = 64
     forward: int = 0
     """Windows in a forward pass; 0 chooses by the device. The order of the rows does not depend on it."""
+    target: Point | None = None
+    """A second point, whose activations are given out beside those of the first under `NAME target`."""
     taken: int = 0
+    _parts: dict[int, list[Block]] = field(default_factory=dict, repr=False)
     _blocks: dict[int, Block] = field(default_factory=dict, repr=False)
     _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
@@ -68,12 +75,14 @@ class ActivationStream:
         permuted = [self._permutation(first), self._permutation(first + 1)]
         rows = np.concatenate(permuted)[at - first * self.rows_per_block]
         from_new = at // self.rows_per_block > first
-        for gone in [number for number in self._blocks if number < first]:
-            del self._blocks[gone]
+        for held in (self._blocks, self._parts):
+            for gone in [number for number in held if number < first]:
+                del held[gone]
         old = self._block(first)
         new = self._block(first + 1) if from_new.any() else old
         self.taken += self.batch
-        return {name: on_data(_gather(old[name], new[name], rows, from_new), self.mesh) for name in self.twins}
+        self._ask_for(first + 1, (self.taken - first * self.rows_per_block) / self.rows_per_block)
+        return {name: on_data(_gather(old[name], new[name], rows, from_new), self.mesh) for name in old}
 
     def first(self, rows: int) -> Block:
         """Up to so many rows of the first block, to look at before anything is given out."""
@@ -85,7 +94,8 @@ class ActivationStream:
         windows = (
             f"{self.windows.source} {self.windows.ids.shape} {zlib.crc32(np.ascontiguousarray(self.windows.ids).data)}"
         )
-        return facts | {"twins": list(self.twins), "point": str(self.point), "windows": windows}
+        facts |= {"twins": list(self.twins), "point": str(self.point), "windows": windows}
+        return facts | ({"target": str(self.target)} if self.target else {})
 
     def _permutation(self, number: int) -> np.ndarray:
         if number not in self._orders:
@@ -95,13 +105,26 @@ class ActivationStream:
 
     def _block(self, number: int) -> Block:
         if number not in self._blocks:
-            start = number * self.windows_per_block
-            ids = np.stack([np.asarray(self._order[i]) for i in range(start, start + self.windows_per_block)])
-            parts = np.split(ids, self.windows_per_block // self.forward)
-            tokens = [on_data(part, self.mesh) for part in parts]
-            self._blocks[number] = {name: self._rows(name, tokens) for name in self.twins}
+            self._ask_for(number, 1.0)
+            parts = self._parts.pop(number)
+            self._blocks[number] = {name: jnp.concatenate([part[name] for part in parts]) for name in parts[0]}
         return self._blocks[number]
 
-    def _rows(self, name: str, tokens: list[Array]) -> Float32[Array, "rows d"]:
-        acts = [counted_rows(activations(self.twins[name], (self.point,), part)[0], self.skip_first) for part in tokens]
-        return jnp.concatenate([rows.astype(jnp.float32) for rows in acts])
+    def _ask_for(self, number: int, share: float) -> None:
+        """Have this share of a block's forward passes on their way."""
+        if number in self._blocks:
+            return
+        passes = self.windows_per_block // self.forward
+        parts = self._parts.setdefault(number, [])
+        while len(parts) < min(math.ceil(share * passes), passes):
+            start = number * self.windows_per_block + len(parts) * self.forward
+            ids = np.stack([np.asarray(self._order[i]) for i in range(start, start + self.forward)])
+            parts.append(self._rows(on_data(ids, self.mesh)))
+
+    def _rows(self, tokens: Array) -> Block:
+        points = (self.point,) if self.target is None else (self.point, self.target)
+        rows = {}
+        for name, lm in self.twins.items():
+            for key, acts in zip((name, f"{name} target"), activations(lm, points, tokens), strict=False):
+                rows[key] = counted_rows(acts, self.skip_first).astype(jnp.float32)
+        return rows

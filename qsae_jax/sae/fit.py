@@ -1,19 +1,17 @@
-"""Training several dictionaries on one stream of activations: twins and seeds see the same tokens in the same order.
+"""Training several dictionaries on one stream of activations: all see the same tokens in the same order.
 
 The states are kept every minute and when the work is stopped; the same call goes on from there to the same bits.
 """
 
-import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from qsae_jax.acts.stream import ActivationStream
@@ -21,8 +19,10 @@ from qsae_jax.config import as_tables
 from qsae_jax.errors import Interrupted, UserError
 from qsae_jax.files import make_folder, read_json, write_json
 from qsae_jax.progress import progress, stop_signal
+from qsae_jax.sae.log import Logs, check_kinds
 from qsae_jax.sae.model import SAE
-from qsae_jax.sae.train import Metrics, SAEConfig, TrainState, finished, make_step, start
+from qsae_jax.sae.settings import SAEConfig
+from qsae_jax.sae.train import Metrics, Step, TrainState, finished, make_step, start
 from qsae_jax.store import Steps
 
 SETTINGS = "settings.json"
@@ -34,18 +34,43 @@ FIRST_ROWS = 8192
 
 @dataclass(frozen=True)
 class Job:
-    """One dictionary to train: on which twin's activations, from which seed."""
+    """One dictionary to train: on which twin's activations, from which seed, and how where that differs."""
 
     twin: str
+    """One of the stream's twins; several joined by `+` are read side by side, by a crosscoder."""
     seed: int = 0
+    config: SAEConfig | None = None
+    origin: str = ""
+    """The dictionary that it goes on from, by name."""
+
+    @property
+    def twins(self) -> list[str]:
+        return self.twin.split("+")
+
+    def seen(self, batch: Mapping[str, Array]) -> list[Array]:
+        """What it reads, of each twin."""
+        return [batch[twin] for twin in self.twins]
+
+    def aims(self, batch: Mapping[str, Array]) -> list[Array] | None:
+        """What it reconstructs, where the stream has a second point."""
+        keys = [f"{twin} target" for twin in self.twins]
+        return [batch[key] for key in keys] if keys[0] in batch else None
 
 
 def fit(
-    stream: ActivationStream, jobs: Mapping[str, Job], config: SAEConfig, tokens: int, folder: Path
+    stream: ActivationStream,
+    jobs: Mapping[str, Job],
+    config: SAEConfig,
+    tokens: int,
+    folder: Path,
+    initial: Mapping[str, SAE] | None = None,
+    log: Sequence[str] = (),
 ) -> dict[str, SAE]:
-    """Train every job on `tokens` activations; metrics go to `folder/NAME.jsonl`.
+    """Train every job on `tokens` activations; metrics go to `folder/NAME.jsonl`, and to TensorBoard and Weights &
+    Biases where `log` names them. `initial` are the dictionaries that jobs go on from.
 
     States that an interrupted call kept in the folder are gone on from, if they were made under the same settings."""
+    check_kinds(log)
     steps = tokens // stream.batch
     if steps < 1:
         raise UserError(
@@ -58,15 +83,17 @@ def fit(
         settings |= {f"activations of {name}": f"{float(jnp.linalg.norm(x)):.3g}" for name, x in first.items()}
         if kept.latest is not None:
             _same(settings, folder)
-        states, stream.taken = _begin(first, stream, jobs, config, steps), 0
+        states, stream.taken = _begin(first, stream, jobs, config, steps, initial or {}), 0
         if kept.latest is None:
             write_json(folder / SETTINGS, settings)
             _forget_logs(folder, jobs)
         else:
             states, plain = kept.load(states)
             stream.taken = int(plain["taken"])
-        states = _run(stream, jobs, config, steps, states, kept, folder)
-    return {name: finished(state) for name, state in states.items()}
+        work = _Work(stream, jobs, {name: job.config or config for name, job in jobs.items()}, steps, kept)
+        with closing(Logs(folder, list(jobs), stream.taken, log)) as logs:
+            states = work.done(states, logs)
+    return {name: finished(state, work.configs[name]) for name, state in states.items()}
 
 
 def forget_steps(folder: Path) -> None:
@@ -101,79 +128,73 @@ def _forget_logs(folder: Path, jobs: Mapping[str, Job]) -> None:
 
 
 def _begin(
-    first: Mapping[str, Array], stream: ActivationStream, jobs: Mapping[str, Job], config: SAEConfig, steps: int
-) -> dict[str, TrainState]:
-    if unknown := sorted({job.twin for job in jobs.values()} - set(first)):
-        raise UserError(f"no activations of `{unknown[0]}` in the stream; it has {', '.join(first)}")
-    width = next(iter(first.values())).shape[-1]
-    latents = width * config.expansion
-    if config.sparsity == "topk" and config.k > latents:
-        raise UserError(f"sae.k {config.k} is more than the {latents} latents: lower it")
-    return {name: start(config, first[job.twin], latents, steps, job.seed, stream.mesh) for name, job in jobs.items()}
-
-
-def _run(
+    first: Mapping[str, Array],
     stream: ActivationStream,
     jobs: Mapping[str, Job],
     config: SAEConfig,
     steps: int,
-    states: dict[str, TrainState],
-    kept: Steps,
-    folder: Path,
+    initial: Mapping[str, SAE],
 ) -> dict[str, TrainState]:
-    step = make_step(config, steps, stream.mesh)
-    done, last = stream.taken // stream.batch, time.monotonic()
-    logs = {name: Log(folder / f"{name}.jsonl", done * stream.batch) for name in jobs}
-    with progress(f"train {', '.join(jobs)}", steps * stream.batch) as advance, stop_signal() as stopped:
-        advance(done * stream.batch)
-        began, at = time.monotonic(), done
-        while done < steps:
-            batch = next(stream)
-            metrics = {}
-            for name, job in jobs.items():
-                states[name], metrics[name] = step(states[name], batch[job.twin])
-            done += 1
-            figures = {}
-            if done % LOG_EVERY == 0 or done == steps:
-                speed = (done - at) * stream.batch / (time.monotonic() - began)
-                written = {name: logs[name].write(done * stream.batch, got, speed) for name, got in metrics.items()}
-                _finite(written)
-                figures = _shown(written) | {"tokens/s": speed}
-            advance(stream.batch, **figures)
-            if stopped() or (time.monotonic() - last > KEEP_EVERY_S and done < steps):
-                kept.save(done, states, {"taken": float(stream.taken)})
-                last = time.monotonic()
-            if stopped():
-                raise Interrupted(f"stopped after {done} of {steps} steps, which are kept: the same command goes on")
+    if unknown := sorted({twin for job in jobs.values() for twin in job.twins} - set(first)):
+        raise UserError(f"no activations of `{unknown[0]}` in the stream; it has {', '.join(first)}")
+    states = {}
+    for name, job in jobs.items():
+        how, x = job.config or config, job.seen(first)
+        latents = initial[name].latents if name in initial else x[0].shape[-1] * how.expansion
+        if how.selects and how.k_most > latents:
+            raise UserError(f"sae.k {how.k_most:g} is more than the {latents} latents: lower it")
+        if name in initial and initial[name].d != sum(part.shape[-1] for part in x):
+            raise UserError(f"the dictionary to go on from has width {initial[name].d}: the activations have another")
+        states[name] = start(how, x, latents, steps, job.seed, stream.mesh, job.aims(first), initial.get(name))
     return states
 
 
-def _finite(written: Mapping[str, dict[str, float]]) -> None:
-    """Refuse to go on with a dictionary that has no numbers left."""
-    for name, one in written.items():
-        if not np.isfinite(one["fvu"]):
-            raise UserError(f"the training of {name} diverged: lower sae.lr")
+@dataclass
+class _Work:
+    """A training on its way."""
+
+    stream: ActivationStream
+    jobs: Mapping[str, Job]
+    configs: Mapping[str, SAEConfig]
+    steps: int
+    kept: Steps
+
+    def __post_init__(self) -> None:
+        kinds = {name: (config, len(self.jobs[name].twins)) for name, config in self.configs.items()}
+        made = {kind: make_step(kind[0], self.steps, self.stream.mesh, kind[1]) for kind in set(kinds.values())}
+        self.step: dict[str, Step] = {name: made[kind] for name, kind in kinds.items()}
+
+    def done(self, states: dict[str, TrainState], logs: Logs) -> dict[str, TrainState]:
+        stream, batch = self.stream, self.stream.batch
+        at, last = stream.taken // batch, time.monotonic()
+        with progress(f"train {', '.join(self.jobs)}", self.steps * batch) as advance, stop_signal() as stopped:
+            advance(at * batch)
+            began = time.monotonic()
+            for done in range(at + 1, self.steps + 1):
+                metrics = self._once(states)
+                if done % LOG_EVERY == 0 or done == self.steps:
+                    logs.take(done * batch, metrics, (done - at) * batch / (time.monotonic() - began))
+                advance(batch, **logs.shown)
+                if stopped() or (time.monotonic() - last > KEEP_EVERY_S and done < self.steps):
+                    logs.flush()
+                    self.kept.save(done, states, {"taken": float(stream.taken)})
+                    last = time.monotonic()
+                if stopped():
+                    raise Interrupted(
+                        f"stopped after {done} of {self.steps} steps, which are kept: the same command goes on"
+                    )
+            logs.flush()
+        return states
+
+    def _once(self, states: dict[str, TrainState]) -> dict[str, Metrics]:
+        """One step of every dictionary on the same tokens."""
+        batch, metrics = next(self.stream), {}
+        for name, job in self.jobs.items():
+            x, y = _beside(job.seen(batch)), job.aims(batch)
+            given = (x,) if y is None else (x, _beside(y))
+            states[name], metrics[name] = self.step[name](states[name], *given)
+        return metrics
 
 
-def _shown(written: Mapping[str, dict[str, float]]) -> dict[str, float]:
-    """What a bar says of all jobs: each one's FVU, and the means of L0 and of the share of dead latents."""
-    means = {key: sum(one[key] for one in written.values()) / len(written) for key in ("l0", "dead")}
-    return {f"fvu {name}": one["fvu"] for name, one in written.items()} | means
-
-
-class Log:
-    """Metrics of one dictionary as JSON lines; what lies after the point of resumption is dropped."""
-
-    def __init__(self, path: Path, tokens: int):
-        lines = path.read_text().splitlines() if path.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["tokens"] <= tokens]
-        path.write_text("".join(line + "\n" for line in kept))
-        self.path = path
-
-    def write(self, tokens: int, metrics: Metrics, speed: float) -> dict[str, float]:
-        got = jax.device_get(metrics)
-        figures = {"fvu": float(got.fvu), "l0": float(got.l0), "dead": float(got.dead)}
-        line = {"tokens": tokens, "loss": float(got.loss), **figures, "tokens_per_s": round(speed, 1)}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        return figures
+def _beside(parts: Sequence[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)

@@ -1,28 +1,31 @@
-"""Sparsities: from pre-activations to codes. One signature: `sparsity(pre: [*b, m]) -> codes [*b, m]`."""
+"""Sparsities: from pre-activations to codes. One signature: `sparsity(pre: [*b, m]) -> codes [*b, m]`.
+
+Those without parameters are plain values; JumpReLU and Gated hold theirs. `scaled(c)` is the sparsity for
+pre-activations c times as large, c a number or one for each latent: what folding a scale into a dictionary needs.
+"""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
-GROUP = 32
-"""How many neighbours compete first in `top_k`: at 8,192 values this halves the time of lax.top_k (2 cores)."""
+from qsae_jax.products import along
+from qsae_jax.sae.select import largest, top_k
 
 
-def top_k(x: Float[Array, "*b m"], k: int) -> tuple[Float[Array, "*b k"], Int[Array, "*b k"]]:
-    """The k largest values and where they are, exactly.
+class Chosen(NamedTuple):
+    """Codes of a batch of b rows as a list: the few that are not zero. A place in the list that is not used has value
+    0. `value` is cut at zero, and the only part with a gradient."""
 
-    The k groups with the largest maxima hold the k largest values, so a full sort is not needed."""
-    *b, m = x.shape
-    if m % GROUP or m // GROUP < 2 * k:
-        return jax.lax.top_k(x, k)
-    groups = x.reshape(*b, m // GROUP, GROUP)
-    _, chosen = jax.lax.top_k(jnp.max(groups, axis=-1), k)
-    members = jnp.take_along_axis(groups, chosen[..., None], axis=-2).reshape(*b, k * GROUP)
-    values, inside = jax.lax.top_k(members, k)
-    group = jnp.take_along_axis(chosen, inside // GROUP, axis=-1)
-    return values, group * GROUP + inside % GROUP
+    value: Float[Array, "n"]
+    row: Int[Array, "n"]
+    latent: Int[Array, "n"]
+
+    def dense(self, b: int, m: int) -> Float[Array, "b m"]:
+        return jnp.zeros((b, m), self.value.dtype).at[self.row, self.latent].add(self.value)
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class ReLU:
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         return jax.nn.relu(pre)
 
+    def scaled(self, c: Array) -> "ReLU":
+        return self
+
 
 @dataclass(frozen=True)
 class TopK:
@@ -42,12 +48,113 @@ class TopK:
     k: int
     name = "topk"
 
+    def chosen(self, pre: Float[Array, "b m"]) -> Chosen:
+        values, latents = top_k(pre, self.k)
+        rows = jnp.broadcast_to(jnp.arange(len(pre), dtype=jnp.int32)[:, None], latents.shape)
+        return Chosen(jax.nn.relu(values).reshape(-1), rows.reshape(-1), latents.reshape(-1))
+
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
-        values, where = top_k(pre, self.k)
-        flat = jnp.zeros((pre[..., 0].size, pre.shape[-1]), pre.dtype)
-        rows = jnp.arange(len(flat))[:, None]
-        codes = flat.at[rows, where.reshape(-1, self.k)].set(jax.nn.relu(values).reshape(-1, self.k))
-        return codes.reshape(pre.shape)
+        return _dense(self, pre)
+
+    def scaled(self, c: Array) -> "TopK":
+        return self
 
 
-Sparsity = ReLU | TopK
+@dataclass(frozen=True)
+class BatchTopK:
+    """The k times as many largest pre-activations as the batch has rows, wherever they are (Bussmann et al. 2024,
+    arXiv 2412.06410). A code depends on the whole batch: it is for training, and leaves as a JumpReLU."""
+
+    k: float
+    name = "batchtopk"
+
+    def chosen(self, pre: Float[Array, "b m"]) -> Chosen:
+        b, m = pre.shape
+        values, at = largest(pre, max(int(self.k * b), 1))
+        return Chosen(values, jnp.where(at >= 0, at // m, b - 1), jnp.where(at >= 0, at % m, m - 1))
+
+    def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        return _dense(self, pre)
+
+    def scaled(self, c: Array) -> "BatchTopK":
+        return self
+
+
+def _dense(sparsity: "TopK | BatchTopK", pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+    rows = pre.reshape(-1, pre.shape[-1])
+    return sparsity.chosen(rows).dense(*rows.shape).reshape(pre.shape)
+
+
+@jax.custom_vjp
+def jump(pre: Array, threshold: Array, bandwidth: float) -> Array:
+    """`pre` where it is above the threshold, else 0.
+
+    Backwards the pre-activation gets the hard mask, and the threshold `-(theta/eps) K((pre - theta)/eps)` with the
+    rectangle K(u) = [|u| < 1/2] (Rajamanoharan et al. 2024, arXiv 2407.14435, equation 11)."""
+    return jnp.where(pre > threshold, pre, 0)
+
+
+def _jump_forth(pre: Array, threshold: Array, bandwidth: float) -> tuple[Array, tuple]:
+    return jump(pre, threshold, bandwidth), (pre, threshold, bandwidth)
+
+
+def near(pre: Array, threshold: Array, bandwidth: float) -> Array:
+    """The rectangle kernel: whether a pre-activation is within half a bandwidth of its threshold."""
+    return jnp.abs(pre - threshold) < bandwidth / 2
+
+
+def _jump_back(kept: tuple, g: Array) -> tuple[Array, Array, None]:
+    pre, threshold, bandwidth = kept
+    to_threshold = jnp.where(near(pre, threshold, bandwidth), -g * threshold / bandwidth, 0)
+    return jnp.where(pre > threshold, g, 0), jnp.sum(to_threshold, 0, keepdims=True), None
+
+
+jump.defvjp(_jump_forth, _jump_back)
+
+
+class JumpReLU(nnx.Module):
+    """`pre` where it is above its latent's threshold (Rajamanoharan et al. 2024, arXiv 2407.14435).
+
+    The parameter is the threshold itself, in float32: Adam moves the logarithm of a threshold by a share of it, and a
+    small one stays where it began. It is kept at 0 or above by projection, see train.py. `bandwidth` is that of the
+    straight-through gradient, in the scale of the activations that the dictionary is trained on."""
+
+    name = "jumprelu"
+
+    def __init__(self, threshold: Float[Array, "m"], bandwidth: float = 0.001):
+        self.threshold = nnx.Param(jnp.asarray(threshold, jnp.float32), axes=("latent",))
+        self.bandwidth = bandwidth
+
+    def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        rows = pre.reshape(-1, pre.shape[-1])
+        codes = jump(rows, self.threshold[...][None], self.bandwidth)
+        return jax.nn.relu(codes).reshape(pre.shape)
+
+    def scaled(self, c: Array) -> "JumpReLU":
+        return JumpReLU(self.threshold[...] * c, self.bandwidth)
+
+
+class Gated(nnx.Module):
+    """A latent is on where `pre + b_gate > 0`, and then has the size `relu(pre exp(r_mag) + b_mag)` (Rajamanoharan et
+    al. 2024, arXiv 2404.16014). Its dictionary has no `b_enc`."""
+
+    name = "gated"
+
+    def __init__(self, b_gate: Float[Array, "m"], b_mag: Float[Array, "m"], r_mag: Float[Array, "m"]):
+        self.b_gate = nnx.Param(jnp.asarray(b_gate, jnp.float32), axes=("latent",))
+        self.b_mag = nnx.Param(jnp.asarray(b_mag, jnp.float32), axes=("latent",))
+        self.r_mag = nnx.Param(jnp.asarray(r_mag, jnp.float32), axes=("latent",))
+
+    def gate(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        """The gate's pre-activations, which the loss of training reads too."""
+        return pre + along(self.b_gate[...], pre)
+
+    def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
+        size = pre * along(jnp.exp(self.r_mag[...]), pre) + along(self.b_mag[...], pre)
+        return jnp.where(self.gate(pre) > 0, jax.nn.relu(size), 0)
+
+    def scaled(self, c: Array) -> "Gated":
+        return Gated(self.b_gate[...] * c, self.b_mag[...] * c, self.r_mag[...])
+
+
+Sparsity = ReLU | TopK | BatchTopK | JumpReLU | Gated

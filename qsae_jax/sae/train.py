@@ -1,72 +1,34 @@
-"""Training: one donated, jitted step; schedules, dead latents in tokens, and a state that can be kept and resumed.
+"""Training: one donated, jitted step, and a state that can be kept and resumed.
 
-Activations are divided by the root of their mean square norm, found once; the factor is folded into the biases when
-the dictionary leaves (`finished`), which is exact because the map is homogeneous. TopK keeps unit decoder rows: the
-gradient along a row is removed and the row is renormalised (Gao et al. 2024, section A.1).
+Activations are divided by a scale that is found once and folded into the dictionary when it leaves (`finished`), which
+is exact because the map is homogeneous. Dead latents are counted in tokens. BatchTopK leaves as a JumpReLU whose
+threshold is a running mean of the smallest codes that the batches kept, in float32, begun at the first of them.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from qsae_jax.config import check_at_least
-from qsae_jax.errors import UserError, nearest
+from qsae_jax.errors import UserError
 from qsae_jax.mesh import born, kept
-from qsae_jax.products import matmul
-from qsae_jax.sae.loss import auxk, dense_pass, mse, topk_pass
-from qsae_jax.sae.model import SAE, init_sae
-from qsae_jax.sae.sparsity import ReLU, Sparsity, TopK
+from qsae_jax.sae.model import SAE, folded_norms, init_sae, unscaled, with_sparsity
+from qsae_jax.sae.objective import Now, Seen, make_objective
+from qsae_jax.sae.optimize import averaged, exponent, moved, optimizer, sparsity_rise, unit_decoder
+from qsae_jax.sae.resample import resampled
+from qsae_jax.sae.scale import geometric_median, scale_of
+from qsae_jax.sae.settings import SAEConfig
+from qsae_jax.sae.sparsity import BatchTopK, Gated, JumpReLU, ReLU, Sparsity, TopK
 
 LONG = 2**30
 """Tokens beyond which a silent latent is not counted on: an int32 would wrap."""
-SPARSITIES = ("topk", "relu")
-
-
-@dataclass(frozen=True)
-class SAEConfig:
-    """A dictionary and how it learns."""
-
-    sparsity: str = "topk"
-    """topk or relu."""
-    k: int = 32
-    """Latents that fire on a token (topk)."""
-    expansion: int = 8
-    """Latents per dimension of the activations."""
-    l1: float = 0.05
-    """Coefficient of the penalty (relu)."""
-    lr: float = 2e-3
-    """Peak learning rate of Adam."""
-    warmup: float = 0.05
-    """Share of the steps in which learning rate and penalty rise from 0."""
-    decay: float = 0.3
-    """Share of the steps, at the end, in which the learning rate falls to 0."""
-    aux: float = 1 / 32
-    """Coefficient of AuxK (topk)."""
-    k_aux: int = 0
-    """Dead latents that AuxK uses for a token; 0 is half the width of the activations."""
-    dead_after: int = 32_768
-    """A latent is dead when it has not fired for so many tokens."""
-
-    def __post_init__(self) -> None:
-        if self.sparsity not in SPARSITIES:
-            known = ", ".join(SPARSITIES)
-            raise UserError(
-                f"sae.sparsity `{self.sparsity}` is unknown{nearest(self.sparsity, SPARSITIES)}; possible: {known}"
-            )
-        check_at_least(self, "sae.", k=1, expansion=1, l1=0, lr=0, warmup=0, decay=0, aux=0, k_aux=0, dead_after=1)
-        if self.warmup + self.decay > 1:
-            raise UserError(f"sae.warmup {self.warmup} and sae.decay {self.decay} are shares of the steps: at most 1")
-
-    def make_sparsity(self) -> Sparsity:
-        return TopK(self.k) if self.sparsity == "topk" else ReLU()
+CUT_DECAY = 0.99
+"""Of the running means of thresholds: a hundred steps, as long as the end of a short training."""
 
 
 class TrainState(NamedTuple):
@@ -77,106 +39,198 @@ class TrainState(NamedTuple):
     silent: Int[Array, "m"]
     """Tokens since each latent last fired."""
     step: Int[Array, ""]
-    scale: Float[Array, ""]
-    """What activations are divided by: the root of their mean square norm."""
+    scale: Float[Array, "..."]
+    """What activations that are read are divided by: a number, or one for each coordinate (crosscoder)."""
+    scale_out: Float[Array, "..."]
+    """And those that are reconstructed."""
+    longest: Float[Array, ""]
+    """The norm beyond which an activation is left out."""
+    cut: Float[Array, ""]
+    """The running threshold of BatchTopK; below 0 before the first batch."""
+    cuts: Float[Array, "m"]
+    """The same of each latent's own smallest kept code."""
+    weight: Float[Array, ""]
+    """What the penalty of p-annealing is multiplied by."""
+    seed: Int[Array, ""]
+    average: SAE | None
+    """The running average of weights, if one is kept."""
 
 
 class Metrics(NamedTuple):
-    """Of one batch, in the scale of the activations given."""
+    """Of one batch, in the scale of normalised activations."""
 
     loss: Array
     fvu: Array
     l0: Array
     dead: Array
     """Share of latents that are dead."""
+    parts: dict[str, Array]
+    """The terms of the loss, before their coefficients."""
 
 
-Step = Callable[[TrainState, Float[Array, "b d"]], tuple[TrainState, Metrics]]
+Step = Callable[..., tuple[TrainState, Metrics]]
 
 
-def geometric_median(x: Float[Array, "n d"], rounds: int = 32) -> Float[Array, "d"]:
-    """The point with the least sum of distances, by Weiszfeld's iteration: no outlier moves it far."""
-
-    def closer(_: int, centre: Array) -> Array:
-        weight = 1.0 / jnp.maximum(jnp.linalg.norm(x - centre[None], axis=-1), 1e-8)
-        return matmul(weight / jnp.sum(weight), x)
-
-    return jax.lax.fori_loop(0, rounds, closer, jnp.mean(x, axis=0))
-
-
-def optimizer(config: SAEConfig, steps: int) -> Any:
-    """Adam with linear warm-up and linear decay to zero."""
-    rise, fall = max(int(steps * config.warmup), 1), max(int(steps * config.decay), 1)
-    parts = [optax.linear_schedule(0, config.lr, rise), optax.linear_schedule(config.lr, 0, fall)]
-    return optax.adam(optax.join_schedules(parts, [max(steps - fall, rise)]))
+def make_sparsity(config: SAEConfig, latents: int) -> Sparsity:
+    """The sparsity of training, at its start."""
+    zeros = jnp.zeros(latents)
+    return {
+        "topk": lambda: TopK(int(config.k_most)),
+        "batchtopk": lambda: BatchTopK(config.k_most),
+        "matryoshka": lambda: BatchTopK(config.k_most),
+        "jumprelu": lambda: JumpReLU(zeros + config.threshold, config.bandwidth),
+        "gated": lambda: Gated(zeros, zeros, zeros),
+        "relu": ReLU,
+        "p_anneal": ReLU,
+    }[config.sparsity]()
 
 
-def start(config: SAEConfig, first: Float[Array, "n d"], latents: int, steps: int, seed: int, mesh: Mesh) -> TrainState:
-    """The state before the first step; scale and centre come from a first batch of activations."""
-    first = first.astype(jnp.float32)
-    scale = jnp.sqrt(jnp.mean(jnp.sum(first**2, axis=-1)))
-    centre = geometric_median(first / scale)
+def start(
+    config: SAEConfig,
+    first: Sequence[Float[Array, "n d"]],
+    latents: int,
+    steps: int,
+    seed: int,
+    mesh: Mesh,
+    target: Sequence[Float[Array, "n d"]] | None = None,
+    initial: SAE | None = None,
+) -> TrainState:
+    """The state before the first step. Scale and centre come from first activations, of each twin that the dictionary
+    reads side by side; `target`, of a transcoder, from those that it reconstructs. `initial` is gone on from."""
+    x = jnp.concatenate(first, axis=-1).astype(jnp.float32)
+    y = x if target is None else jnp.concatenate(target, axis=-1).astype(jnp.float32)
+    scale = scale_of(config, first)
+    scale_out = scale if target is None else scale_of(config, target)
+    longest = config.max_norm * jnp.median(jnp.linalg.norm(x / scale, axis=-1))
+    centres = {"geometric_median": geometric_median, "mean": partial(jnp.mean, axis=0)}
+    centre = centres[config.centre](y / scale_out) if config.centre != "zero" else jnp.zeros(y.shape[-1])
+    begun = None if initial is None else _from_before(initial, config, scale, scale_out, target is not None)
 
     def make() -> TrainState:
-        sae = init_sae(config.make_sparsity(), first.shape[1], latents, centre, jax.random.key(seed))
-        opt = optimizer(config, steps).init(sae)
-        return TrainState(sae, opt, jnp.zeros(latents, jnp.int32), jnp.zeros((), jnp.int32), scale)
+        sae = begun or init_sae(
+            make_sparsity(config, latents), latents, x.shape[-1], centre, jax.random.key(seed),
+            centred=target is None, skip=config.skip, reads=1.0 if config.selects else 2 * x.shape[-1] / latents,
+        )  # fmt: skip
+        m, count = sae.latents, jnp.zeros((), jnp.int32)
+        average = jax.tree.map(jnp.copy, sae) if config.ema else None
+        return TrainState(
+            sae, optimizer(config, steps).init(sae), jnp.zeros(m, jnp.int32), count, scale, scale_out, longest,
+            -jnp.ones(()), -jnp.ones(m), jnp.ones(()), jnp.full((), seed, jnp.int32), average,
+        )  # fmt: skip
 
     return born(make, mesh)
 
 
-def make_step(config: SAEConfig, steps: int, mesh: Mesh) -> Step:
-    """The jitted step `(state, activations [b, d]) -> (state, metrics)`; the state given is consumed."""
-    fast = config.sparsity == "topk" and mesh.shape["model"] == 1
+def _from_before(sae: SAE, config: SAEConfig, scale: Array, scale_out: Array, transcodes: bool) -> SAE:
+    """A finished dictionary in the scale and with the sparsity of this training."""
+    if sae.norm is not None or sae.transcodes != transcodes:
+        what = "normalises each token" if sae.norm is not None else "is a transcoder or else should be one"
+        raise UserError(f"the dictionary to go on from {what}: start a new one, or give another")
+    sae = unscaled(sae, 1 / scale, 1 / scale_out)
+    sae = folded_norms(sae) if config.unit else sae
+    wanted = make_sparsity(config, sae.latents)
+    if (sae.b_enc is None) != isinstance(wanted, Gated):
+        raise UserError(f"a dictionary with {sae.sparsity.name} codes is not gone on with as {config.sparsity}")
+    if not isinstance(sae.sparsity, type(wanted)) or isinstance(wanted, TopK | BatchTopK):
+        return with_sparsity(sae, wanted)
+    if isinstance(sae.sparsity, JumpReLU):
+        return with_sparsity(sae, JumpReLU(sae.sparsity.threshold[...], config.bandwidth))
+    return sae
+
+
+def make_step(config: SAEConfig, steps: int, mesh: Mesh, twins: int = 1) -> Step:
+    """The jitted step `(state, activations [b, d], targets) -> (state, metrics)`; the state given is consumed. Targets
+    are left out where the dictionary reconstructs what it reads."""
+    objective = make_objective(config, mesh.shape["model"] == 1, twins)
     tx = optimizer(config, steps)
 
-    def loss(sae: SAE, x: Array, dead: Array, step: Array) -> tuple[Array, tuple]:
-        out = (topk_pass if fast else dense_pass)(sae, x)
-        rise = jnp.minimum((step + 1) / max(int(steps * config.warmup), 1), 1.0)
-        total = mse(out.error) + config.l1 * rise * out.penalty
-        if config.sparsity == "topk" and config.aux:
-            k = min(config.k_aux or sae.d // 2, sae.latents)
-            aux = jax.lax.cond(jnp.any(dead), lambda: auxk(sae, x, out.error, dead, k), lambda: jnp.zeros(()))
-            total += config.aux * aux
-        return total, (out.error, out.fired)
+    def loss(sae: SAE, x: Array, y: Array, now: Now) -> tuple[Array, Seen]:
+        seen = objective(sae, x, y, now)
+        return seen.loss, seen
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, x: Float[Array, "b d"]) -> tuple[TrainState, Metrics]:
-        x = x.astype(jnp.float32) / state.scale
+    def step(state: TrainState, x: Array, y: Array | None = None) -> tuple[TrainState, Metrics]:
+        alone = y is None
+        x, y = _scaled(x, state.scale), _scaled(x if y is None else y, state.scale_out)
+        if config.max_norm:
+            rows = short_rows(x, state.longest)
+            x, y = x[rows], y[rows]
+        y = x if alone else y
         dead = state.silent >= config.dead_after
-        (total, (error, fired)), grads = jax.value_and_grad(loss, has_aux=True)(state.sae, x, dead, state.step)
-        if config.sparsity == "topk":
-            grads = without_radial(state.sae, grads)
-        updates, opt = tx.update(grads, state.opt, state.sae)
-        sae: SAE = optax.apply_updates(cast(Any, state.sae), updates)  # pyright: ignore[reportAssignmentType]
-        sae = unit_decoder(sae) if config.sparsity == "topk" else sae
-        silent = jnp.where(fired > 0, 0, jnp.minimum(state.silent + len(x), LONG))
-        fvu = jnp.sum(error**2) / jnp.sum((x - jnp.mean(x, axis=0, keepdims=True)) ** 2)
-        metrics = Metrics(total, fvu, jnp.sum(fired) / len(x), jnp.mean(silent >= config.dead_after))
+        p, made = exponent(config, steps, state.step)
+        now = Now(dead, sparsity_rise(config, steps, state.step), p, state.weight)
+        (_, seen), grads = jax.value_and_grad(loss, has_aux=True)(state.sae, x, y, now)
+        sae, opt = moved(config, tx, state.sae, grads, state.opt)
+        silent = jnp.where(seen.fired > 0, 0, jnp.minimum(state.silent + len(x), LONG))
+        if config.resample:
+            sae, opt, silent = _begun_anew(config, state, sae, opt, silent, x, y, seen)
+        state = state._replace(sae=sae, opt=opt, silent=silent, step=state.step + 1)
+        state = _with_running(config, steps, state, seen, made)
         # Held to the shardings of the first state, or the second step would find others and compile again.
-        return kept(TrainState(sae, opt, silent, state.step + 1, state.scale), mesh), metrics
+        return kept(state, mesh), _metrics(config, silent, y, seen)
 
     return step
 
 
-def _with_decoder(sae: SAE, W_dec: Array) -> SAE:
-    graph, params = nnx.split(sae)
-    params["W_dec"] = cast(nnx.Variable, params["W_dec"]).replace(W_dec)
-    return nnx.merge(graph, params)
+def _scaled(x: Array, scale: Array) -> Array:
+    return x.astype(jnp.float32) / (scale if scale.ndim == 0 else scale[None])
 
 
-def without_radial(sae: SAE, grads: SAE) -> SAE:
-    """The gradient of the decoder without its part along each unit row: that part could only change the norm."""
-    rows, g = sae.W_dec[...], grads.W_dec[...]
-    return _with_decoder(grads, g - jnp.sum(g * rows, axis=-1, keepdims=True) * rows)
+def short_rows(x: Float[Array, "b d"], longest: Array) -> Int[Array, "b"]:
+    """Which row stands in each place: itself, or where it is too long the last one before that is not."""
+    fits = jnp.linalg.norm(x, axis=-1) <= longest
+    before = jax.lax.cummax(jnp.where(fits, jnp.arange(len(x)), -1))
+    return jnp.where(before < 0, jnp.argmax(fits), before)
 
 
-def unit_decoder(sae: SAE) -> SAE:
-    rows = sae.W_dec[...]
-    return _with_decoder(sae, rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12))
+def _metrics(config: SAEConfig, silent: Array, y: Array, seen: Seen) -> Metrics:
+    fvu = jnp.sum(seen.error**2) / jnp.sum((y - jnp.mean(y, axis=0, keepdims=True)) ** 2)
+    dead = jnp.mean(silent >= config.dead_after)
+    return Metrics(seen.loss, fvu, jnp.sum(seen.fired) / len(y), dead, seen.parts)
 
 
-def finished(state: TrainState) -> SAE:
-    """The dictionary for activations as the model gives them: biases times the scale, weights unchanged."""
+def _begun_anew(
+    config: SAEConfig, state: TrainState, sae: SAE, opt: optax.OptState, silent: Array, x: Array, y: Array, seen: Seen
+) -> tuple[SAE, optax.OptState, Array]:
+    """Resampling, when its time has come."""
+    at, dead = state.step * len(x), silent >= config.dead_after
+    key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+    due = (at + len(x)) // config.resample > at // config.resample
+    args = (sae, opt, dead, x, y, seen.error, config.threshold, key)
+    sae, opt = jax.lax.cond(due, lambda: resampled(*args), lambda: (sae, opt))
+    return sae, opt, jnp.where(due & dead, 0, silent)
+
+
+def _running(mean: Array, new: Array) -> Array:
+    """A running mean that begins at its first value; what is infinite is left out."""
+    known = jnp.where(mean < 0, new, CUT_DECAY * mean + (1 - CUT_DECAY) * new)
+    return jnp.where(jnp.isfinite(new), known, mean)
+
+
+def _with_running(config: SAEConfig, steps: int, state: TrainState, seen: Seen, made: Array) -> TrainState:
+    """What is kept along: thresholds, the coefficient of p-annealing, the average of weights."""
+    if isinstance(state.sae.sparsity, BatchTopK):
+        state = state._replace(cut=_running(state.cut, jnp.min(seen.least)), cuts=_running(state.cuts, seen.least))
+    if config.sparsity == "p_anneal":
+        falls = exponent(config, steps, state.step)[1] > made
+        ratio = seen.parts["lp"] / jnp.maximum(seen.parts["next"], 1e-12)
+        state = state._replace(weight=jnp.where(falls, state.weight * ratio, state.weight))
+    if state.average is not None:
+        state = state._replace(average=averaged(state.average, state.sae, config.ema))
+    return state
+
+
+def finished(state: TrainState, config: SAEConfig) -> SAE:
+    """The dictionary for activations as the model gives them. Thresholds for each latent are the geometric mean of the
+    batches' and the latent's own smallest codes, after Gemma Scope 2 (which takes the median of the latter)."""
     sae = state.sae
-    return SAE(sae.sparsity, sae.W_enc[...], sae.b_enc[...] * state.scale, sae.W_dec[...], sae.b_dec[...] * state.scale)
+    if state.average is not None:
+        sae = unit_decoder(state.average) if config.unit else state.average
+    if isinstance(sae.sparsity, BatchTopK):
+        cut = jnp.maximum(state.cut, 0)
+        each = jnp.where(state.cuts < 0, cut, jnp.sqrt(cut * state.cuts)) if config.per_latent else cut
+        thresholds = jnp.broadcast_to(each, (sae.latents,))
+        sae = with_sparsity(sae, JumpReLU(thresholds))
+    elif isinstance(sae.sparsity, TopK):
+        sae = with_sparsity(sae, TopK(int(config.k)))
+    return unscaled(sae, state.scale, state.scale_out)

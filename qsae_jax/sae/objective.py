@@ -1,0 +1,201 @@
+"""What each architecture minimises. One signature: `objective(sae, x, y, now) -> Seen`, x read, y reconstructed.
+
+Sums in float32 on normalised activations; the terms and their sources are in loss.py.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from qsae_jax.products import matmul
+from qsae_jax.sae import loss
+from qsae_jax.sae.model import SAE
+from qsae_jax.sae.select import nth_largest
+from qsae_jax.sae.settings import SAEConfig
+from qsae_jax.sae.sparse import decode_chosen, encode_chosen
+from qsae_jax.sae.sparsity import BatchTopK, Gated, JumpReLU, TopK
+
+
+class Now(NamedTuple):
+    """What differs from step to step."""
+
+    dead: Bool[Array, "m"]
+    rise: Float[Array, ""]
+    """From 0 to 1 while sparsity warms up."""
+    p: Float[Array, ""]
+    """The exponent of p-annealing."""
+    weight: Float[Array, ""]
+    """What its coefficient is multiplied by."""
+
+
+class Seen(NamedTuple):
+    """What a pass through the dictionary gives."""
+
+    loss: Float[Array, ""]
+    error: Float[Array, "b d"]
+    """y minus its reconstruction."""
+    fired: Float[Array, "m"]
+    """How often each latent fired in the batch."""
+    least: Float[Array, "m"]
+    """The smallest code of each latent that fired; infinite for the others (TopK family)."""
+    parts: dict[str, Float[Array, ""]]
+    """The terms of the loss by name, before their coefficients."""
+
+
+Objective = Callable[[SAE, Array, Array, Now], Seen]
+
+
+def make_objective(config: SAEConfig, fast: bool, twins: int = 1) -> Objective:
+    """The objective of a configuration. `fast` where one device holds all latents. Of a crosscoder over so many twins
+    a decoder row's norm is the sum of the norms of its parts (Lindsey et al. 2024)."""
+    product = loss.in_bfloat16 if config.bf16 else matmul
+    dense = {"relu": _relu, "p_anneal": _p_anneal, "gated": _gated, "jumprelu": _jumprelu}
+    if config.selects:
+        return partial(_selecting, config, product, _levels_of_list if fast else _levels_by_products)
+    return partial(dense[config.sparsity], config, product, twins)
+
+
+def _outside(sae: SAE, x: Array) -> Array:
+    """What is reconstructed without codes: `b_dec`, and the skip connection's part."""
+    rest = sae.b_dec[...][None]
+    return rest if sae.W_skip is None else rest + matmul(x, sae.W_skip[...])
+
+
+def edges(config: SAEConfig, m: int) -> list[int]:
+    """Where the levels of a dictionary end; of one that is no Matryoshka there is one."""
+    if config.sparsity != "matryoshka":
+        return [m]
+    ends, total = [], 0.0
+    for share in config.groups[:-1]:
+        total += share
+        ends.append(round(total * m))
+    return [*ends, m]
+
+
+class Levels(NamedTuple):
+    """What the latents of each level add to the reconstruction `[b, levels, d]`, and who fired."""
+
+    added: Float[Array, "b g d"]
+    fired: Float[Array, "m"]
+    least: Float[Array, "m"]
+
+
+def _thinned(codes: Array, config: SAEConfig, now: Now, rows: int) -> Array:
+    """The codes that are left while k falls from its first value: `codes` are rows (topk) or one list (batchtopk)."""
+    if not config.k_first:
+        return codes
+    k = config.k_first + (config.k - config.k_first) * now.rise
+    each = config.sparsity == "topk"
+    n = jnp.floor(k if each else k * rows).astype(jnp.int32)
+    cut = nth_largest(jax.lax.stop_gradient(codes), n, axis=-1 if each else None)
+    return jnp.where(codes >= cut, codes, 0)
+
+
+def _levels_of_list(config: SAEConfig, sae: SAE, x: Array, now: Now, product: loss.Product) -> Levels:
+    """By gathered rows."""
+    sparsity = sae.sparsity
+    assert isinstance(sparsity, TopK | BatchTopK)
+    read, bias = loss.reading(sae, x)
+    codes, b = encode_chosen(read, sae.encoder[...], bias, sparsity), len(x)
+    value = codes.value.reshape(b, -1) if isinstance(sparsity, TopK) else codes.value
+    codes = codes._replace(value=_thinned(value, config, now, b).reshape(-1))
+    ends = jnp.asarray(edges(config, sae.latents))
+    to = codes.row * len(ends) + jnp.searchsorted(ends, codes.latent, side="right").astype(jnp.int32)
+    added = decode_chosen(codes, sae.W_dec[...], b * len(ends), to).reshape(b, len(ends), -1)
+    fired = jnp.zeros(sae.latents).at[codes.latent].add((codes.value > 0).astype(x.dtype))
+    some = jnp.where(codes.value > 0, codes.value, jnp.inf)
+    return Levels(added, fired, jnp.full(sae.latents, jnp.inf).at[codes.latent].min(some))
+
+
+def _levels_by_products(config: SAEConfig, sae: SAE, x: Array, now: Now, product: loss.Product) -> Levels:
+    """By dense products, which a mesh cuts along the latents."""
+    codes = sae.sparsity(loss.pre_activations(sae, x, product))
+    codes = _thinned(codes, config, now, len(x))
+    ends = edges(config, sae.latents)
+    parts = zip([0, *ends[:-1]], ends, strict=True)
+    added = jnp.stack([product(codes[:, i:j], sae.W_dec[...][i:j]) for i, j in parts], axis=1)
+    least = jnp.min(jnp.where(codes > 0, codes, jnp.inf), axis=0)
+    return Levels(added, jnp.sum(codes > 0, axis=0).astype(x.dtype), least)
+
+
+def _selecting(
+    config: SAEConfig, product: loss.Product, levels: Callable, sae: SAE, x: Array, y: Array, now: Now
+) -> Seen:
+    """TopK and BatchTopK: `mse + aux AuxK`. Matryoshka: the mean over the levels of the mse of all latents up to there
+    (Bussmann et al. 2025, arXiv 2503.17547), and AuxK on the last residual. SAELens has their sum, and
+    dictionary_learning their mean divided once more by their number."""
+    added, fired, least = levels(config, sae, x, now, product)
+    errors = (y - _outside(sae, x))[:, None] - jnp.cumsum(added, axis=1)
+    parts = {"mse": jnp.mean(jnp.sum(errors**2, axis=-1)), "aux": jnp.zeros(())}
+    error, k = errors[:, -1], min(config.k_aux or sae.d // 2, sae.latents)
+    if config.aux:
+        parts["aux"] = loss.auxk(sae, x, error, now.dead, k, product)
+    return Seen(parts["mse"] + config.aux * parts["aux"], error, fired, least, parts)
+
+
+def _seen(total: Array, error: Array, codes: Array, parts: dict[str, Array]) -> Seen:
+    fired = jnp.sum(codes > 0, axis=0).astype(codes.dtype)
+    return Seen(total, error, fired, jnp.full_like(fired, jnp.inf), parts)
+
+
+def _norms(sae: SAE, twins: int) -> Float[Array, "m"]:
+    """The length of each decoder row; the sum of its parts' lengths in a crosscoder."""
+    return jnp.sum(jnp.linalg.norm(sae.W_dec[...].reshape(sae.latents, twins, -1), axis=-1), axis=-1)
+
+
+def _relu(config: SAEConfig, product: loss.Product, twins: int, sae: SAE, x: Array, y: Array, now: Now) -> Seen:
+    """`mse + l1 L1`."""
+    codes = jax.nn.relu(loss.pre_activations(sae, x, product))
+    error = y - _outside(sae, x) - product(codes, sae.W_dec[...])
+    parts = {"mse": loss.mse(error), "l1": loss.l1(codes, _norms(sae, twins))}
+    return _seen(parts["mse"] + config.l1 * now.rise * parts["l1"], error, codes, parts)
+
+
+def _p_anneal(config: SAEConfig, product: loss.Product, twins: int, sae: SAE, x: Array, y: Array, now: Now) -> Seen:
+    """`mse + l1 w L_p^p` of codes times decoder norms, w keeping the penalty as large as it was when p falls. `next` is
+    the penalty at the p that comes next."""
+    codes = jax.nn.relu(loss.pre_activations(sae, x, product))
+    error = y - _outside(sae, x) - product(codes, sae.W_dec[...])
+    sizes = codes * _norms(sae, twins)[None]
+    lower = now.p - (1 - config.p_end) / config.p_steps
+    parts = {"mse": loss.mse(error), "lp": loss.lp(sizes, now.p)}
+    total = parts["mse"] + config.l1 * now.rise * now.weight * parts["lp"]
+    parts["next"] = jax.lax.stop_gradient(loss.lp(sizes, jnp.maximum(lower, config.p_end)))
+    return _seen(total, error, codes, parts)
+
+
+def _gated(config: SAEConfig, product: loss.Product, twins: int, sae: SAE, x: Array, y: Array, now: Now) -> Seen:
+    """`mse + l1 sum relu(gate) |W_dec| + |y - (relu(gate) W_dec + b_dec)|^2`, the decoder of the last term frozen
+    (Rajamanoharan et al. 2024, arXiv 2404.16014, equation 8). The norms in the second term are SAELens's; with unit
+    rows they are 1. SAELens does not freeze the decoder."""
+    assert isinstance(sae.sparsity, Gated)
+    still, pre = jax.lax.stop_gradient, loss.pre_activations(sae, x, product)
+    codes, gate = sae.sparsity(pre), jax.nn.relu(sae.sparsity.gate(pre))
+    error = y - _outside(sae, x) - product(codes, sae.W_dec[...])
+    by_gate = y - still(_outside(sae, x)) - product(gate, still(sae.W_dec[...]))
+    parts = {"mse": loss.mse(error), "l1": loss.l1(gate, _norms(sae, twins)), "gate": loss.mse(by_gate)}
+    return _seen(parts["mse"] + config.l1 * now.rise * parts["l1"] + parts["gate"], error, codes, parts)
+
+
+def _jumprelu(config: SAEConfig, product: loss.Product, twins: int, sae: SAE, x: Array, y: Array, now: Now) -> Seen:
+    """`mse + l0 penalty (+ pre_act lifting of dead latents)`: loss.py has the four penalties."""
+    assert isinstance(sae.sparsity, JumpReLU)
+    pre, threshold, norms = loss.pre_activations(sae, x, product), sae.sparsity.threshold[...], _norms(sae, twins)
+    codes = sae.sparsity(pre)
+    error = y - _outside(sae, x) - product(codes, sae.W_dec[...])
+    if config.penalty == "tanh":
+        penalty = loss.tanh(codes, norms, config.tanh_scale)
+    else:
+        count = loss.l0(pre, threshold, config.bandwidth)
+        whole = {"step": lambda: jnp.mean(count), "quadratic": lambda: loss.quadratic(count, config.target_l0),
+                 "target": lambda: loss.on_target(count, config.target_l0)}  # fmt: skip
+        penalty = whole[config.penalty]()
+    parts = {"mse": loss.mse(error), "penalty": penalty, "pre_act": jnp.zeros(())}
+    if config.pre_act:
+        parts["pre_act"] = loss.pre_act(pre, threshold, norms, now.dead)
+    total = parts["mse"] + config.l0 * now.rise * penalty + config.pre_act * parts["pre_act"]
+    return _seen(total, error, codes, parts)
