@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qsae_jax.compare.fidelity import splice
 from qsae_jax.sae.measure import fvu, over_rows, reconstruction_sums
+from qsae_jax.sae.model import layer_norm
 from qsae_jax.sae.sparsity import TopK
 
 
@@ -70,3 +72,24 @@ def test_the_shift_changes_precision_and_not_the_value(judged):
     np.testing.assert_allclose(near, error / spread, rtol=1e-4)
     assert abs(ours(np.zeros(8))[0] / (error / spread) - 1) > 1e-2
     assert not np.isclose(float(got["error"] / got["xx"]), error / spread, rtol=1e-2)
+
+
+@pytest.mark.parametrize("where", ["measure", "splice"])
+def test_a_norm_is_undone_with_what_was_read(make_sae, draw, where):
+    """A dictionary that normalises each token reconstructs activations at their own scale, in the sums of an audit and
+    spliced into a model. Control: the same dictionary without its norm has another error."""
+    x, errors = jnp.asarray(5 + 3 * draw(1, 64, 8)), {}
+    sae = make_sae(TopK(3))
+    for norm in layer_norm, None:
+        sae.norm = norm
+        right = float(np.sum((np.asarray(x) - np.asarray(sae(x))) ** 2, dtype=float))
+        if where == "measure":
+            codes, ones = sae.encode(x), jnp.ones(64)
+            found = reconstruction_sums(sae, x, codes, ones, jnp.zeros(8))["error"]
+        else:
+            y, sums = splice(sae, x.reshape(4, 16, 8), jnp.zeros(16))
+            np.testing.assert_allclose(y.reshape(64, 8), sae(x), rtol=1e-5, atol=1e-5)
+            found = sums["error"].sum()
+        assert float(found) == pytest.approx(right, rel=1e-4)
+        errors[norm] = right
+    assert errors[layer_norm] != pytest.approx(errors[None], rel=0.1)

@@ -50,11 +50,11 @@ def test_bf16_activations_are_read_in_float32(make_sae, draw):
 def test_a_new_dictionary_has_unit_rows_and_a_tied_start(draw):
     """Unit decoder rows to float32, the encoder their transpose, b_dec the centre; the seed matters."""
     centre = jnp.asarray(draw(1, 8))
-    sae = init_sae(TopK(2), 8, 24, centre, jax.random.key(3))
+    sae = init_sae(TopK(2), 24, 8, centre, jax.random.key(3))
     np.testing.assert_allclose(np.linalg.norm(sae.W_dec[...], axis=-1), 1, rtol=1e-6)
     assert np.array_equal(sae.W_enc[...], sae.W_dec[...].T) and np.array_equal(sae.b_dec[...], centre)
     assert not np.any(sae.b_enc[...]) and (sae.d, sae.latents) == (8, 24)
-    other = init_sae(TopK(2), 8, 24, centre, jax.random.key(4))
+    other = init_sae(TopK(2), 24, 8, centre, jax.random.key(4))
     assert not np.allclose(sae.W_dec[...], other.W_dec[...])
 
 

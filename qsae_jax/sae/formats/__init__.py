@@ -34,7 +34,11 @@ def load_sae(source: str | Path, mesh: Mesh | None = None) -> SAE:
 def load_stored(source: str | Path, mesh: Mesh | None = None) -> Stored:
     """The dictionary that a source names, with what its files say of it."""
     found = find(source)
-    stored = _pickled(found) if found.owner == "pickled" else READERS[found.owner].read(found.folder, found.told)
+    try:
+        stored = _pickled(found) if found.owner == "pickled" else READERS[found.owner].read(found.folder, found.told)
+    except (TypeError, AttributeError, KeyError, ValueError, OverflowError) as error:
+        # A fact of another type than any writer's: a list where a number belongs.
+        raise UserError(f"`{source}`: its configuration is not of the form that its owner writes ({error})") from error
     named = {key: value for key, value in found.told.get("metadata", {}).items() if value is not None}
     return Stored(place(stored.sae, mesh or make_mesh(1, 1)), named | stored.metadata, stored.format, stored.dtype)
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from qsae_jax.errors import UserError
-from qsae_jax.sae.formats import load_stored
+from qsae_jax.sae.formats import llama_scope, load_stored
 from qsae_jax.sae.formats.pickled import write_tensors
 
 from .conftest import D, K, M, arrays_of, formulas
@@ -479,6 +479,41 @@ FAULTS = {
     "token-wise": ("llama_scope, 1", rewrite("hyperparams.json", norm_activation="token-wise"), "`token-wise`"),
     "an affine lost": ("gemma_scope, 2 affine", rewrite("config.json", affine_connection=False), "download it again"),
 }
+
+
+WEIRD: tuple[Any, ...] = (None, [1], {"a": []}, "x", -1, 1e9)
+ONE_EACH = ["saelens, topk rescaled", "saelens, 5: topk", "gemma_scope, 2 affine", "dictionary_learning, BatchTopKSAE",
+            "sparsify, transcoder", "llama_scope, 1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_a_fact_of_another_type_is_no_traceback(tmp_path, name):
+    """Each fact of the configuration in turn, in one line if it is refused; most are."""
+    folder = CASES[name].write(tmp_path, arrays_of())
+    file = next(p for n in ("cfg.json", "hyperparams.json", "config.json") if (p := folder / n).is_file())
+    cfg, refused = json.loads(file.read_text()), 0
+    for key in cfg:
+        for value in WEIRD:
+            file.write_text(json.dumps(cfg | {key: value}))
+            try:
+                load_stored(folder)
+            except UserError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert refused > len(cfg)
+
+
+def test_the_scale_of_r1_distill_comes_from_the_list(tmp_path, x):
+    """SAELens's pretrained_saes.yaml has the factor that the files lack. Control: without it they are refused."""
+    a = arrays_of()
+    put(tmp_path / "sae_weights.safetensors", torch_like(a) | {"log_jumprelu_threshold": np.log(a["threshold"])})
+    put_json(tmp_path / "config.json", HOOKS | {"act_fn": "jumprelu", "norm_activation": "dataset-wise"})
+    with pytest.raises(UserError, match="llama_scope_r1_distill/ID"):
+        load_stored(tmp_path)
+    codes, out = formulas(scaled(a), x, **UNCENTRED)
+    stored = llama_scope.read(tmp_path, {"norm_scaling_factor": SCALE})
+    np.testing.assert_allclose(stored.sae.encode(x), codes, **CLOSE)
+    np.testing.assert_allclose(stored.sae(x), out, **CLOSE)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
