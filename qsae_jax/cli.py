@@ -48,10 +48,7 @@ def parser() -> Parser:
     _out(train, required=True)
     compare = verbs.add_parser("compare", help="transferred against retrained, and a verdict")
     _source(compare)
-    compare.add_argument("--schemes", required=True, help="the scheme of the quantized model")
-    compare.add_argument("--sae", required=True, help="dictionary trained at full precision")
-    compare.add_argument("--retrained", required=True, help="dictionary trained on the quantized model")
-    compare.add_argument("--reseeded", help="the first one trained from another seed: the floor")
+    _compared(compare)
     _out(compare, required=True)
     quantize = verbs.add_parser("quantize", help="a Hugging Face folder with the distorted weights")
     quantize.add_argument("--model", required=True)
@@ -64,14 +61,14 @@ def parser() -> Parser:
     verbs.add_parser("points", help="draw a model: its blocks, shapes, parameters and points").add_argument(
         "--model", required=True
     )
-    _dictionary(verbs.add_parser("sae", help="look into a dictionary, or write it in another format"))
+    _sae(verbs.add_parser("sae", help="look into a dictionary, or write it in another format"))
     for name, verb in verbs.choices.items():
         verb.set_defaults(verb=name)
         verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return top
 
 
-def _dictionary(verb: argparse.ArgumentParser) -> None:
+def _sae(verb: argparse.ArgumentParser) -> None:
     what = verb.add_subparsers(dest="what", metavar="info|convert", required=True, parser_class=Parser)
     info = what.add_parser("info", help="what a dictionary is, and what state it is in")
     info.add_argument("--json", action="store_true", help="print the facts as JSON")
@@ -81,6 +78,13 @@ def _dictionary(verb: argparse.ArgumentParser) -> None:
     for one in (info, convert):
         one.add_argument("source", metavar="SOURCE", help="folder, file, hf:ORG/NAME/PATH, RELEASE/ID of SAELens")
         one.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def _compared(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("--schemes", required=True, help="the scheme of the quantized model")
+    compare.add_argument("--sae", required=True, help="dictionary trained at full precision")
+    compare.add_argument("--retrained", required=True, help="dictionary trained on the quantized model")
+    compare.add_argument("--reseeded", help="the first one trained from another seed: the floor")
 
 
 def _out(verb: argparse.ArgumentParser, default: str | None = None, required: bool = False) -> None:
