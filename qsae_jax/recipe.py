@@ -73,7 +73,7 @@ class Study:
     compare: str = ""
     """The scheme whose model a dictionary is retrained on; without one nothing is compared."""
     dictionary: str = ""
-    """A dictionary that is there already, in place of training one: a folder in SAELens format."""
+    """A dictionary that is there already, in place of training one: what `qsae sae info` takes."""
     tokens: TokensConfig = field(default_factory=TokensConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
     train: TrainTwiceConfig = field(default_factory=TrainTwiceConfig)

@@ -36,6 +36,7 @@ from qsae_jax.record import described, differences, learned, notes_on, origin, s
 from qsae_jax.report import write_report
 from qsae_jax.sae.fit import Job, fit, forget_steps
 from qsae_jax.sae.formats import FILES, load_sae, load_stored, save_sae
+from qsae_jax.sae.formats.sources import find
 from qsae_jax.sae.model import SAE
 
 
@@ -97,7 +98,7 @@ class Stages:
         ]
         self._stage("tokens", tokens, ["tokens.npy", "tokens.json"], self._tokens)
         if s.dictionary:
-            training += [s.dictionary, stamp(s.dictionary)]
+            training += [s.dictionary, stamp(str(find(s.dictionary).folder))]
         else:
             files = [f"saes/{name}/{file}" for name in self.jobs for file in FILES]
             self._stage("train", training, files, self._train)

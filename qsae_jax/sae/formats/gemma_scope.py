@@ -115,8 +115,10 @@ def _second(folder: Path, told: Mapping[str, Any]) -> Stored:
 def _facts_of_two(path: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The whole config.json is kept under `gemma_scope`; hooks come from the folder that says which site it is."""
     metadata: dict[str, Any] = facts_of(path) | TRAINED | ({"gemma_scope": dict(cfg)} if cfg else {})
-    if model := cfg.get("model_name"):
+    named_by_folder = re.search(r"gemma-scope-2-(\w+-(?:pt|it))", path)
+    if model := cfg.get("model_name") or (named_by_folder and f"gemma-3-{named_by_folder[1]}"):
         model = str(model).replace("-v3", "-3")
+        model = model.replace("-270m-pt", "-270m")  # the hub's name of it
         metadata["model_name"] = model if "/" in model else f"google/{model}"
     for key, name in {"hf_hook_point_in": "hf_hook_name", "hf_hook_point_out": "hf_hook_name_out"}.items():
         if cfg.get(key):
