@@ -29,6 +29,8 @@ from qsae_jax.sae.sparsity import JumpReLU, ReLU
 
 NPZ, SAFETENSORS = "params.npz", "params.safetensors"
 SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "attn.hook_z"}
+PACKED = 20
+"""Weights hardly compress: a file that grows by more is no dictionary, and is not unpacked."""
 TRAINED = {"context_size": 1024, "dataset_path": "monology/pile-uncopyrighted"}
 
 
@@ -62,6 +64,9 @@ def _made(where: Path, arrays: Arrays, transcodes: bool) -> SAE:
 
 def read_npz(path: Path) -> tuple[Arrays, str]:
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (unpacked := sum(info.file_size for info in archive.infolist())) > PACKED * path.stat().st_size:
+                raise ValueError(f"it would unpack to {unpacked} bytes")
         with np.load(path, allow_pickle=False) as file:
             return stored.floats(path, {name: file[name] for name in file.files})
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:

@@ -516,6 +516,24 @@ def test_the_scale_of_r1_distill_comes_from_the_list(tmp_path, x):
     np.testing.assert_allclose(stored.sae(x), out, **CLOSE)
 
 
+def test_an_npz_that_would_fill_the_memory_is_not_unpacked(tmp_path):
+    """Zeros, packed a thousandfold. Control: the same arrays stored are read up to the check of their numbers. Pickled
+    objects in one are refused too."""
+    folder = tmp_path / RES
+    folder.mkdir(parents=True)
+    arrays = {name: np.zeros_like(value) for name, value in arrays_of().items() if name in JUMP}
+    arrays["W_enc"] = np.zeros((D, 1 << 16), np.float32)
+    np.savez_compressed(folder / "params.npz", **arrays)
+    with pytest.raises(UserError, match=r"would unpack to \d{7} bytes"):
+        load_stored(folder)
+    np.savez(folder / "params.npz", **arrays)
+    with pytest.raises(UserError, match="has shape"):
+        load_stored(folder)
+    np.savez(folder / "params.npz", **arrays | {"W_dec": np.asarray([{}], object)})
+    with pytest.raises(UserError, match=r"not a readable \.npz file of numbers"):
+        load_stored(folder)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_a_reader_does_not_know_is_refused_in_one_line(tmp_path, fault):
     """Control: before the fault is planted, the files are read."""
