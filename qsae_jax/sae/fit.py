@@ -3,6 +3,7 @@
 The states are kept every minute and when the work is stopped; the same call goes on from there to the same bits.
 """
 
+import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -110,7 +111,7 @@ def _settings(stream: ActivationStream, jobs: Mapping[str, Job], config: SAEConf
 
 def _same(settings: dict[str, Any], folder: Path) -> None:
     """Refuse to go on under other settings: the states would belong to neither."""
-    before = read_json(folder / SETTINGS)
+    before, settings = read_json(folder / SETTINGS), json.loads(json.dumps(settings))
     other = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
     if other:
         named = ", ".join(sorted(other))

@@ -143,8 +143,10 @@ def _seen(total: Array, error: Array, codes: Array, parts: dict[str, Array]) -> 
 
 
 def _norms(sae: SAE, twins: int) -> Float[Array, "m"]:
-    """The length of each decoder row; the sum of its parts' lengths in a crosscoder."""
-    return jnp.sum(jnp.linalg.norm(sae.W_dec[...].reshape(sae.latents, twins, -1), axis=-1), axis=-1)
+    """The length of each decoder row; the sum of its parts' lengths in a crosscoder. That of zeros has gradient 0."""
+    squares = jnp.sum(sae.W_dec[...].reshape(sae.latents, twins, -1) ** 2, axis=-1)
+    some = squares > 0
+    return jnp.sum(jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1)), 0), axis=-1)
 
 
 def _relu(config: SAEConfig, product: loss.Product, twins: int, sae: SAE, x: Array, y: Array, now: Now) -> Seen:

@@ -32,3 +32,8 @@ def scale_of(config: SAEConfig, parts: Sequence[Float[Array, "n d"]]) -> Float[A
     if len(parts) == 1:
         return one(parts[0])
     return jnp.concatenate([jnp.broadcast_to(one(x), x.shape[-1:]) for x in parts])
+
+
+def scaled(x: Float[Array, "b d"], scale: Float[Array, "..."]) -> Float[Array, "b d"]:
+    """Activations in the scale of training: divided by a number, or by one for each coordinate."""
+    return x.astype(jnp.float32) / (scale if scale.ndim == 0 else scale[None])

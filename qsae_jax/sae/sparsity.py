@@ -87,11 +87,12 @@ def _dense(sparsity: "TopK | BatchTopK", pre: Float[Array, "*b m"]) -> Float[Arr
 
 @jax.custom_vjp
 def jump(pre: Array, threshold: Array, bandwidth: float) -> Array:
-    """`pre` where it is above the threshold, else 0.
+    """`pre` where it is above the threshold and above 0, else 0.
 
     Backwards the pre-activation gets the hard mask, and the threshold `-(theta/eps) K((pre - theta)/eps)` with the
-    rectangle K(u) = [|u| < 1/2] (Rajamanoharan et al. 2024, arXiv 2407.14435, equation 11)."""
-    return jnp.where(pre > threshold, pre, 0)
+    rectangle K(u) = [|u| < 1/2] (Rajamanoharan et al. 2024, arXiv 2407.14435, equation 11). Codes are cut at zero in
+    here: a ReLU on top would hide the lower half of the kernel, where codes are 0, from the threshold."""
+    return jnp.where(pre > jnp.maximum(threshold, 0), pre, 0)
 
 
 def _jump_forth(pre: Array, threshold: Array, bandwidth: float) -> tuple[Array, tuple]:
@@ -106,7 +107,7 @@ def near(pre: Array, threshold: Array, bandwidth: float) -> Array:
 def _jump_back(kept: tuple, g: Array) -> tuple[Array, Array, None]:
     pre, threshold, bandwidth = kept
     to_threshold = jnp.where(near(pre, threshold, bandwidth), -g * threshold / bandwidth, 0)
-    return jnp.where(pre > threshold, g, 0), jnp.sum(to_threshold, 0, keepdims=True), None
+    return jnp.where(pre > jnp.maximum(threshold, 0), g, 0), jnp.sum(to_threshold, 0, keepdims=True), None
 
 
 jump.defvjp(_jump_forth, _jump_back)
@@ -127,8 +128,7 @@ class JumpReLU(nnx.Module):
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
         rows = pre.reshape(-1, pre.shape[-1])
-        codes = jump(rows, self.threshold[...][None], self.bandwidth)
-        return jax.nn.relu(codes).reshape(pre.shape)
+        return jump(rows, self.threshold[...][None], self.bandwidth).reshape(pre.shape)
 
     def scaled(self, c: Array) -> "JumpReLU":
         return JumpReLU(self.threshold[...] * c, self.bandwidth)

@@ -21,7 +21,7 @@ from qsae_jax.sae.model import SAE, folded_norms, init_sae, unscaled, with_spars
 from qsae_jax.sae.objective import Now, Seen, make_objective
 from qsae_jax.sae.optimize import averaged, exponent, moved, optimizer, sparsity_rise, unit_decoder
 from qsae_jax.sae.resample import resampled
-from qsae_jax.sae.scale import geometric_median, scale_of
+from qsae_jax.sae.scale import geometric_median, scale_of, scaled
 from qsae_jax.sae.settings import SAEConfig
 from qsae_jax.sae.sparsity import BatchTopK, Gated, JumpReLU, ReLU, Sparsity, TopK
 
@@ -101,9 +101,9 @@ def start(
     y = x if target is None else jnp.concatenate(target, axis=-1).astype(jnp.float32)
     scale = scale_of(config, first)
     scale_out = scale if target is None else scale_of(config, target)
-    longest = config.max_norm * jnp.median(jnp.linalg.norm(x / scale, axis=-1))
+    longest = config.max_norm * jnp.median(jnp.linalg.norm(scaled(x, scale), axis=-1))
     centres = {"geometric_median": geometric_median, "mean": partial(jnp.mean, axis=0)}
-    centre = centres[config.centre](y / scale_out) if config.centre != "zero" else jnp.zeros(y.shape[-1])
+    centre = centres[config.centre](scaled(y, scale_out)) if config.centre != "zero" else jnp.zeros(y.shape[-1])
     begun = None if initial is None else _from_before(initial, config, scale, scale_out, target is not None)
 
     def make() -> TrainState:
@@ -151,7 +151,7 @@ def make_step(config: SAEConfig, steps: int, mesh: Mesh, twins: int = 1) -> Step
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, x: Array, y: Array | None = None) -> tuple[TrainState, Metrics]:
         alone = y is None
-        x, y = _scaled(x, state.scale), _scaled(x if y is None else y, state.scale_out)
+        x, y = scaled(x, state.scale), scaled(x if y is None else y, state.scale_out)
         if config.max_norm:
             rows = short_rows(x, state.longest)
             x, y = x[rows], y[rows]
@@ -170,10 +170,6 @@ def make_step(config: SAEConfig, steps: int, mesh: Mesh, twins: int = 1) -> Step
         return kept(state, mesh), _metrics(config, silent, y, seen)
 
     return step
-
-
-def _scaled(x: Array, scale: Array) -> Array:
-    return x.astype(jnp.float32) / (scale if scale.ndim == 0 else scale[None])
 
 
 def short_rows(x: Float[Array, "b d"], longest: Array) -> Int[Array, "b"]:
@@ -225,7 +221,8 @@ def finished(state: TrainState, config: SAEConfig) -> SAE:
     batches' and the latent's own smallest codes, after Gemma Scope 2 (which takes the median of the latter)."""
     sae = state.sae
     if state.average is not None:
-        sae = unit_decoder(state.average) if config.unit else state.average
+        sae = jax.tree.map(lambda leaf: leaf, state.average)  # the state stays as it is
+        sae = unit_decoder(sae) if config.unit else sae
     if isinstance(sae.sparsity, BatchTopK):
         cut = jnp.maximum(state.cut, 0)
         each = jnp.where(state.cuts < 0, cut, jnp.sqrt(cut * state.cuts)) if config.per_latent else cut

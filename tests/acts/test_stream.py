@@ -146,19 +146,45 @@ def test_first_looks_and_takes_nothing(stream, direct):
     assert np.array_equal(taken(made, 1)["fp"], taken(stream(), 1)["fp"])
 
 
-def test_no_more_than_two_blocks_are_kept(stream):
-    """Batches of 12 over blocks of 16, also after the stream was sent far ahead: two blocks after each batch, and
-    one besides that which is being computed. Control: the batches come from nine blocks, each computed once."""
-    made = stream(batch=12)
-    seen, besides, rows_of = [], [], made._rows
-    made._rows = lambda name, tokens: besides.append(len(made._blocks)) or rows_of(name, tokens)
+def test_no_more_than_two_blocks_are_held(stream):
+    """Batches of 12 over blocks of 16, one forward pass a window, also after the stream was sent far ahead: whole or in
+    the making, two blocks after each batch. Control: the batches come from nine blocks, each window passed once."""
+    made = stream(batch=12, forward=1)
+    seen, passes, rows_of = [], [], made._rows
+    made._rows = lambda tokens: passes.append(len(tokens)) or rows_of(tokens)
     for _ in range(12):
         next(made)
-        seen.append(set(made._blocks))
-    assert len(set.union(*seen)) == 9 and len(besides) == 9 * 2
+        seen.append({*made._blocks, *made._parts})
+    assert len(set.union(*seen)) == 10 and 9 * 4 <= sum(passes) <= 10 * 4
     made.taken += 48 * 10
     next(made)
-    assert max(map(len, [*seen, made._blocks])) == 2 and max(besides) == 1
+    assert max(map(len, [*seen, {*made._blocks, *made._parts}])) == 2
+
+
+def test_the_next_block_is_made_while_this_one_is_given_out(stream):
+    """Blocks of 16 rows from 4 passes, batches of 4: after each batch a quarter more of the next block is on its way.
+    Control: a batch that takes a whole block has asked for the whole of the next."""
+    made = stream(batch=4, forward=1)
+    ahead = []
+    for _ in range(3):
+        next(made)
+        ahead.append(len(made._parts[1]))
+    assert ahead == [1, 2, 3]
+    whole = stream(batch=16, forward=1)
+    next(whole)
+    assert len(whole._parts[1]) == 4
+
+
+def test_a_second_point_gives_the_same_tokens(stream, twins, direct):
+    """Under `NAME target`, row by row the activations of the other point at the same places. Control: another point."""
+    other = Point(0, "mlp_out")
+    got = taken(stream(target=other), 3)
+    assert list(got) == ["fp", "fp target", "int4", "int4 target"]
+    for name, lm in twins.items():
+        at = places(got[name], direct[name])
+        for point, same in ((other, True), (Point(1, "mlp_out"), False)):
+            aims = np.asarray(activations(lm, (point,), IDS)[0]).reshape(N * SEQ, -1)[at]
+            assert np.allclose(got[f"{name} target"], aims, atol=1e-5) == same
 
 
 def test_a_skip_of_whole_windows_is_refused(stream):

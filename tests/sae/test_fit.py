@@ -15,7 +15,8 @@ import qsae_jax.sae.fit as fitting
 from qsae_jax.errors import Interrupted, UserError
 from qsae_jax.mesh import on_data
 from qsae_jax.sae.fit import Job, fit, forget_steps
-from qsae_jax.sae.train import SAEConfig, make_step, start
+from qsae_jax.sae.settings import SAEConfig
+from qsae_jax.sae.train import make_step, start
 
 D, BATCH, STEPS = 8, 16, 6
 CONFIG = SAEConfig(k=2, expansion=2, lr=0.013, warmup=0.25, decay=0.4, aux=0.37, dead_after=2 * BATCH)
@@ -48,7 +49,7 @@ STARTED = {}
 
 
 def start_once(config, first, *rest):
-    key = config, np.asarray(first).tobytes(), *rest
+    key = config, *(np.asarray(x).tobytes() for x in first), *map(str, rest)
     if key not in STARTED:
         STARTED[key] = start(config, first, *rest)
     return jax.tree.map(jnp.copy, STARTED[key])
@@ -184,3 +185,66 @@ def test_a_used_stream_starts_from_its_beginning(tmp_path, params, train, stop_a
 def test_an_unknown_twin_is_refused(tmp_path, mesh):
     with pytest.raises(UserError, match="`int3` in the stream; it has fp, int4"):
         fit(Rows(mesh(1, 1)), {"x": Job("int3")}, CONFIG, BATCH, tmp_path)
+
+
+class Pairs(Rows):
+    """Rows with what a transcoder is to make of them: a narrower linear map."""
+
+    def at(self, taken, rows):
+        batch = super().at(taken, rows)
+        return batch | {f"{name} target": x[:, : D // 2] @ jnp.eye(D // 2) + 2 for name, x in batch.items()}
+
+
+def test_a_second_point_makes_transcoders(tmp_path, mesh, stop_after):
+    """The dictionary reads width 8, writes width 4, takes no b_dec off and has a skip connection; b_dec begins near the
+    mean of what is written. Control: without a second point it writes what it reads."""
+    config = replace(CONFIG, skip=True, sparsity="batchtopk", lr=0.05)
+    made = fit(stop_after(Pairs(mesh(1, 1)), 99), {"t": Job("fp", config=config)}, CONFIG, 4 * BATCH, tmp_path / "t")[
+        "t"
+    ]
+    assert (made.d, made.d_out, made.latents) == (D, D // 2, 2 * D) and made.transcodes and not made.centred
+    assert made.W_skip is not None and made.sparsity.name == "jumprelu"
+    x = Pairs(mesh(1, 1)).at(0, 32)
+    error = np.asarray(made(x["fp"]) - x["fp target"])
+    aims = np.asarray(x["fp target"])
+    assert (error**2).sum() < ((aims - aims.mean(0)) ** 2).sum()
+    plain = fit(stop_after(Rows(mesh(1, 1)), 99), {"s": Job("fp")}, CONFIG, 4 * BATCH, tmp_path / "s")["s"]
+    assert plain.d_out == D and not plain.transcodes
+
+
+def test_twins_joined_make_a_crosscoder(tmp_path, mesh, stop_after):
+    """It reads both twins side by side, as many latents as one twin's width asks for; each twin is scaled by itself.
+    Control: the dictionary of one twin."""
+    made = fit(stop_after(Rows(mesh(1, 1)), 99), {"c": Job("fp+int4")}, CONFIG, 4 * BATCH, tmp_path)["c"]
+    assert (made.d, made.d_out, made.latents) == (2 * D, 2 * D, 2 * D)
+    x = Rows(mesh(1, 1)).at(0, 32)
+    both = jnp.concatenate([x["fp"], x["int4"]], axis=-1)
+    error = np.asarray(made(both) - both)
+    assert (error**2).sum() < ((np.asarray(both) - np.asarray(both).mean(0)) ** 2).sum()
+    with pytest.raises(UserError, match="`int3` in the stream"):
+        fit(Rows(mesh(1, 1)), {"c": Job("fp+int3")}, CONFIG, 4 * BATCH, tmp_path / "x")
+
+
+def test_jobs_of_other_settings_share_a_stream(tmp_path, params, train):
+    """A job with settings of its own is what training it alone under them gives. Control: not under the others'."""
+    wide = replace(CONFIG, expansion=3, k=3, sparsity="relu")
+    jobs = {"fp": JOBS["fp"], "wide": Job("fp", config=wide)}
+    both = train(tmp_path / "both", jobs=jobs)
+    alone = train(tmp_path / "alone", jobs={"wide": jobs["wide"]})
+    assert same_bits(params, alone, both)["wide"] and both["wide"].latents == 3 * D != both["fp"].latents
+    assert both["wide"].sparsity.name == "relu"
+
+
+def test_a_dictionary_is_gone_on_with(tmp_path, params, train, stop_after, mesh):
+    """From a finished dictionary, with a learning rate of almost 0, the result is that dictionary. Controls: from
+    nothing it is another; one of another width is refused."""
+    before = train(tmp_path / "a", jobs={"fp": JOBS["fp"]})["fp"]
+    still = replace(CONFIG, lr=1e-9)
+    go = {"jobs": {"fp": Job("fp", origin="a")}, "config": still, "tokens": 2 * BATCH}
+    after = fit(stop_after(Rows(mesh(1, 1)), 99), folder=tmp_path / "b", initial={"fp": before}, **go)["fp"]
+    new = fit(stop_after(Rows(mesh(1, 1)), 99), folder=tmp_path / "c", **go)["fp"]
+    for name, ours in params(after).items():
+        np.testing.assert_allclose(ours, params(before)[name], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(params(new)["W_dec"], params(before)["W_dec"], atol=1e-3)
+    with pytest.raises(UserError, match=f"has width {D}"):
+        fit(Rows(mesh(1, 1)), {"fp": Job("fp+int4")}, still, BATCH, tmp_path / "d", initial={"fp": before})

@@ -1,0 +1,61 @@
+"""Which dictionaries a training makes of settings."""
+
+import pytest
+
+from qsae_jax.errors import UserError
+from qsae_jax.jobs import plan_jobs
+from qsae_jax.sae.formats import Stored
+from qsae_jax.sae.sparsity import ReLU, TopK
+
+
+def test_braces_and_lists_multiply():
+    """Two twins, two kinds, two widths, three seeds: 24 dictionaries, each named by what differs, with its settings.
+    Control: what stands alone is in no name."""
+    settings = ["sae.expansion={4,16}", "train.seed={0..2}", "sae.k=8", "train.tokens=4096"]
+    jobs, how = plan_jobs(["fp", "int4"], "topk,batchtopk", settings, {})
+    assert len(jobs) == 24 and how.tokens == 4096
+    one = jobs["int4-batchtopk-expansion16-seed2"]
+    assert (one.twin, one.seed, one.config.sparsity, one.config.expansion, one.config.k) == (
+        "int4",
+        2,
+        "batchtopk",
+        16,
+        8,
+    )
+    assert "fp-topk-expansion4-seed0" in jobs and not any("k8" in name for name in jobs)
+
+
+def test_one_dictionary_has_its_twins_name():
+    jobs, how = plan_jobs(["fp"], "", ["sae.l1=0.2"], {})
+    assert list(jobs) == ["fp"] and jobs["fp"].config.sparsity == "topk" and jobs["fp"].config.l1 == 0.2 and how.batch
+
+
+@pytest.mark.parametrize(("sparsity", "kind", "k"), [(TopK(5), "topk", 5), (ReLU(), "relu", 32)])
+def test_what_is_gone_on_with_keeps_its_kind(tiny_sae, sparsity, kind, k):
+    """Kind and k are the dictionary's. Control: what the command names comes first."""
+    sae = tiny_sae()
+    sae.sparsity = sparsity
+    before = {"runs/a": Stored(sae)}
+    job = plan_jobs(["fp"], "", [], before)[0]["fp"]
+    assert (job.config.sparsity, job.config.k, job.origin) == (kind, k, "runs/a")
+    assert plan_jobs(["fp"], "batchtopk", ["sae.k=9"], before)[0]["fp"].config.k == 9
+
+
+@pytest.mark.parametrize(
+    ("kinds", "settings", "said"),
+    [
+        ("topk", ["train.batch={1,2}"], "only the seed may stand in braces"),
+        ("topk", ["sae.k={1..9}", "train.seed={1..9}"], "81 dictionaries, more than 64"),
+        ("topk", ["sea.k=3"], "unknown table `sea`"),
+        ("topq", [], "sae.sparsity `topq` is unknown; nearest: topk"),
+        ("topk", ["sae.k"], "not of the form key=value"),
+        ("topk", ["train.log=tensorbord"], "train.log `tensorbord` is unknown; nearest: tensorboard"),
+        ("topk", ["sae.k=2.5"], "topk takes whole numbers"),
+        ("matryoshka", ["sae.groups=[0.5,0.6]"], "sum to 1"),
+        ("relu", ["sae.beta1=1"], "below 1"),
+        ("jumprelu", ["sae.penalty=stair"], "sae.penalty `stair` is unknown"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(kinds, settings, said):
+    with pytest.raises(UserError, match=said):
+        plan_jobs(["fp"], kinds, settings, {})
