@@ -2,6 +2,7 @@
 training and for inference; dictionary_learning through its own load_dictionary; sparsify."""
 
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from qsae_jax.sae.formats import load_stored, save_sae
 from qsae_jax.sae.model import NORMS, SAE
 from qsae_jax.sae.sparsity import Gated, JumpReLU, ReLU, TopK
+from tests.sae.formats.conftest import arrays_of
+from tests.sae.formats.test_owners import CASES
 
 torch = pytest.importorskip("torch")
 
@@ -214,3 +217,46 @@ def test_sparsify_reads_what_we_write(tmp_path, x, case):
     coder = sparsify.SparseCoder.load_from_disk(tmp_path / "layers.3")
     assert coder.cfg.k == K and coder.cfg.transcode == sae.transcodes
     check(sae, dense(coder, x), x)
+
+
+PUBLISHED = {
+    "gemma_2": ("gemma_scope, 1", "google/gemma-scope-2b-pt-res", "layer_3/width_16k/average_l0_71"),
+    "gemma_2, embedding": (
+        "gemma_scope, 1 embedding",
+        "google/gemma-scope-2b-pt-res",
+        "embedding/width_4k/average_l0_6",
+    ),
+    "gemma_3": (
+        "gemma_scope, 2 affine",
+        "google/gemma-scope-2-1b-pt",
+        "transcoder_all/layer_3_width_16k_l0_big_affine",
+    ),
+    "llama_scope": ("llama_scope, 1 of one hook", "fnlp/Llama3_1-8B-Base-LXR-8x", ""),
+    "dictionary_learning_1": ("dictionary_learning, BatchTopKSAE", "org/saes", ""),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_layouts_as_saelens_reads_them(tmp_path, monkeypatch, x, name):
+    """Files that we laid out by hand, given to SAELens's own loader of that owner in place of a download."""
+    loaders, registry = (pytest.importorskip(f"sae_lens.{m}") for m in ("loading.pretrained_sae_loaders", "registry"))
+    case, repository, inside = PUBLISHED[name]
+    folder = CASES[case].write(tmp_path, arrays_of())
+    root = Path(str(folder).removesuffix(inside)) if inside else folder
+
+    def local(repo_id="", filename="", subfolder="", **_):
+        return str(root / subfolder / filename)
+
+    monkeypatch.setattr(loaders, "hf_hub_download", local)
+    monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", lambda *_: {"w_enc": [D, M], "w_dec": [M, D]})
+    loader = loaders.NAMED_PRETRAINED_SAE_LOADERS[name.split(",")[0]]
+    sizes = {"d_in": D, "d_sae": M, "dtype": "float32", "device": "cpu"}
+    place = inside or "."
+    cfg, state, _ = loader(repository, place, "cpu", False, sizes)
+    cfg = loaders.handle_config_defaulting(cfg)
+    make, config = registry.SAE_CLASS_REGISTRY[cfg["architecture"]]
+    sae = make(config.from_dict(cfg))
+    sae.load_state_dict(state)
+    if cfg["normalize_activations"] == "expected_average_only_in":
+        sae.fold_activation_norm_scaling_factor(D**0.5 / 6.3)
+    check(load_stored(folder).sae, theirs(sae, x), x)

@@ -217,7 +217,7 @@ def learnt(kind, names, io="out", **more):
     def write(folder, a):
         a = a | {name: np.asarray(value) for name, value in more.items()}
         trainer = {"dict_class": kind, "activation_dim": D, "dict_size": M, "lm_name": "EleutherAI/pythia-70m"}
-        trainer |= {"submodule_name": "resid_post_layer_3"} | ({"k": K} if "k" in more else {})
+        trainer |= {"submodule_name": "resid_post_layer_3", "layer": 3} | ({"k": K} if "k" in more else {})
         put_json(folder / "config.json", {"trainer": trainer, "buffer": {"io": io, "ctx_len": 128}})
         tensors = {its: a[ours].T if its.endswith(".weight") else a[ours] for ours, its in names.items()}
         write_tensors(folder / "ae.pt", tensors)
@@ -295,13 +295,15 @@ HOOKS = {"hook_point_in": "blocks.3.hook_resid_post", "hook_point_out": "blocks.
 F_IN, F_OUT = D**0.5 / 6.3, D**0.5 / 3.4
 
 
-def llama(folder, a):
-    lengths = {"in": 6.3, "out": 3.4}
-    put_json(folder / "hyperparams.json", HOOKS | {"hook_point_out": "blocks.3.hook_mlp_out", "act_fn": "jumprelu",
-             "norm_activation": "dataset-wise", "jump_relu_threshold": 0.4,
-             "dataset_average_activation_norm": lengths})  # fmt: skip
-    put(folder / "checkpoints" / "final.safetensors", torch_like(a))
-    return folder
+def llama(**more):
+    def write(folder, a):
+        facts = HOOKS | {"act_fn": "jumprelu", "norm_activation": "dataset-wise", "jump_relu_threshold": 0.4}
+        facts |= {"d_model": D, "d_sae": M} | more
+        put_json(folder / "hyperparams.json", facts)
+        put(folder / "checkpoints" / "final.safetensors", torch_like(a))
+        return folder
+
+    return write
 
 
 def torch_like(a):
@@ -324,12 +326,17 @@ def llamascopium(by_norm):
 UNCENTRED = {"act": "jumprelu", "centred": False}
 LLAMA = {
     "1": Case(  # S#645: its threshold was not scaled
-        llama,
+        llama(hook_point_out="blocks.3.hook_mlp_out", dataset_average_activation_norm={"in": 6.3, "out": 3.4}),
         lambda a: (scalar(scaled(a, F_IN, F_OUT), 0.4 * F_IN), UNCENTRED),
         (
             lambda a, right: (scalar(a, 0.4), right),
             lambda a, right: (scalar(scaled(arrays_of(), F_IN), 0.4 * F_IN), right),
         ),
+    ),
+    "1 of one hook": Case(
+        llama(dataset_average_activation_norm={"in": 6.3, "out": 6.3}),
+        lambda a: (scalar(scaled(a, F_IN), 0.4 * F_IN), UNCENTRED),
+        (lambda a, right: (scalar(a, 0.4), right),),
     ),
     "Llamascopium": Case(llamascopium(False), lambda a: (scaled(a, F_IN), UNCENTRED), (LOG, B_DEC)),
     "Llamascopium by norm": Case(
