@@ -1,13 +1,21 @@
-"""What `qsae sae info` and `qsae sae convert` do."""
+"""What `qsae sae info` and `qsae sae convert` do, and what `qsae train --crosscoder` tells."""
 
 import json
 from argparse import Namespace
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
+
+from qsae_jax.acts.stream import ActivationStream
 from qsae_jax.errors import UserError
+from qsae_jax.files import staged_file
+from qsae_jax.sae.crosscoder import told_apart
+from qsae_jax.sae.fit import Job
 from qsae_jax.sae.formats import load_stored, save_sae
 from qsae_jax.sae.info import info as facts_of
 from qsae_jax.sae.info import lines
+from qsae_jax.sae.model import SAE
 
 
 def info(given: Namespace) -> None:
@@ -22,3 +30,30 @@ def convert(given: Namespace) -> None:
     stored = load_stored(given.source)
     save_sae(stored.sae, out, stored.metadata | {"converted_from": f"{given.source} ({stored.format})"}, given.to)
     print(f"{out}: {given.to}, from {stored.format}")
+
+
+SCALED_ON = 16_384
+"""Tokens of the training's stream on which a crosscoder's latents are told apart."""
+LONE = 0.3
+"""A twin has a latent of its own where no other twin's scale is above this share of its own."""
+
+
+def tell_apart(sae: SAE, job: Job, stream: ActivationStream, folder: Path) -> str:
+    """Writes `latents.parquet` into a crosscoder's folder; a line that sums it up. Twins of one model share nearly all
+    latents, and a handful of rare ones look lone by chance."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = job.twins
+    batches = (jnp.concatenate(job.seen(next(stream)), axis=-1) for _ in range(-(-SCALED_ON // stream.batch)))
+    columns = told_apart(sae, batches, names)
+    with staged_file(folder / "latents.parquet") as draft:
+        pq.write_table(pa.table(columns), draft)
+    betas = np.stack([columns[f"beta {name}"] for name in names])
+    seen = np.isfinite(betas).all(0)
+    lone = {
+        name: int(np.sum(seen & (np.delete(np.abs(betas), i, 0).max(0) < LONE * np.abs(betas[i]))))
+        for i, name in enumerate(names)
+    }
+    told = ", ".join(f"{count} of {name} alone" for name, count in lone.items())
+    return f"{seen.sum()} latents fired: {told}, {int(seen.sum()) - sum(lone.values())} shared (latent scaling)"

@@ -8,6 +8,7 @@ from qsae_jax.acts.stream import ActivationStream
 from qsae_jax.acts.tokens import Windows, load_windows
 from qsae_jax.audit.run import audit as run_audit
 from qsae_jax.compare.transfer import compare as run_compare
+from qsae_jax.dictionaries import tell_apart
 from qsae_jax.errors import UserError
 from qsae_jax.files import make_folder, read_json, write_json
 from qsae_jax.jobs import plan_jobs
@@ -81,6 +82,8 @@ def train(given: Namespace, command: str) -> None:
         facts |= learned(jobs[name], how) | ({"hook_name_out": hook_of(str(target))} if target else {})
         save_sae(sae, out / "saes" / name, facts)
         print(f"{name}: {out / 'saes' / name}")
+        if given.crosscoder:
+            print(f"{name}: {tell_apart(sae, jobs[name], stream, out / 'saes' / name)}")
     forget_steps(out / "train")
     _record(given, command, out)
 

@@ -6,9 +6,12 @@ those of one model. Twins that differ by quantization are almost the same: judge
 (noise of matched size, another seed), never alone.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from qsae_jax.products import matmul
@@ -21,8 +24,8 @@ def parts_of(sae: SAE, twins: int) -> Float[Array, "twins m d"]:
 
 
 def relative_norms(sae: SAE, twins: int = 2) -> Float[Array, "twins m"]:
-    """The length of a latent's decoder row in each twin, over the longest of them: 1 and 1 is shared, 1 and 0 belongs to
-    the first (Lindsey et al. 2024). The L1 penalty drives these apart where it need not: see `Scaling`."""
+    """The length of a latent's decoder row in each twin, over the longest of them: 1 and 1 is shared, 1 and 0 belongs
+    to the first (Lindsey et al. 2024). The L1 penalty drives these apart where it need not: see `Scaling`."""
     lengths = jnp.linalg.norm(parts_of(sae, twins), axis=-1)
     return lengths / jnp.maximum(jnp.max(lengths, axis=0, keepdims=True), 1e-12)
 
@@ -64,3 +67,16 @@ def home(sae: SAE, twins: int) -> Float[Array, "m d"]:
     parts = parts_of(sae, twins)
     longest = jnp.argmax(jnp.linalg.norm(parts, axis=-1), axis=0)
     return jnp.take_along_axis(parts, longest[None, :, None], axis=0)[0]
+
+
+def told_apart(sae: SAE, batches: Iterable[Float[Array, "b d"]], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """A row for each latent: how often it fired on these batches, and for each twin its `relative_norm` and `beta`."""
+    add = jax.jit(lambda sums, x: sums.add(sae, x))
+    fired = jax.jit(lambda x: jnp.sum(sae.encode(x) > 0, axis=0))
+    sums, counts, n = Scaling.empty(sae, len(names)), np.zeros(sae.latents), 0
+    for x in batches:
+        sums, counts, n = add(sums, x), counts + np.asarray(fired(x)), n + len(x)
+    norms, betas = np.asarray(relative_norms(sae, len(names))), np.asarray(sums.betas(sae))
+    columns = {"feature": np.arange(sae.latents), "firing_rate": counts / max(n, 1)}
+    columns |= {f"relative_norm {name}": norms[i] for i, name in enumerate(names)}
+    return columns | {f"beta {name}": betas[i] for i, name in enumerate(names)}

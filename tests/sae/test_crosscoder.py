@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsae_jax.sae.crosscoder import Scaling, home, relative_norms
+from qsae_jax.sae.crosscoder import Scaling, home, relative_norms, told_apart
 from qsae_jax.sae.model import SAE
 from qsae_jax.sae.sparsity import ReLU
 
@@ -61,3 +61,15 @@ def test_shared_and_lone_latents_differ(made, draw):
     betas = np.asarray(Scaling.empty(known).add(known, known.decode(jnp.asarray(codes))).betas(known))
     np.testing.assert_allclose(betas[:, :3], [[1, 1, 1], [1, 0, 0.5]], atol=1e-4)
     assert np.all(betas[:, 3:].max(0) > 0.99)
+
+
+def test_told_apart_has_a_row_a_latent(made, draw):
+    """Norms, betas and firing rates as computed in one go, over batches. Control: the twins' names exchanged."""
+    sae, _ = made
+    x = jnp.asarray(draw(7, 24, 2 * D))
+    table = told_apart(sae, [x[:8], x[8:]], ["fp", "int4"])
+    np.testing.assert_allclose(table["firing_rate"], np.mean(np.asarray(sae.encode(x)) > 0, axis=0))
+    betas = np.asarray(Scaling.empty(sae).add(sae, x).betas(sae))
+    np.testing.assert_allclose(table["beta int4"], betas[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(table["relative_norm fp"], relative_norms(sae)[0])
+    assert not np.allclose(table["beta fp"], betas[1], equal_nan=True)
