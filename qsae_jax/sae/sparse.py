@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, Int
 from qsae_jax.products import matmul
 from qsae_jax.sae.sparsity import BatchTopK, Chosen, TopK
 
-CHUNK = 512
-"""Rows gathered at a time: of 512 float32 numbers each they fill a megabyte."""
+CHUNK, WIDE_CHUNK = 512, 65_536
+"""Rows gathered at a time: on a CPU as many as its cache holds (of 512 numbers each they fill a megabyte), elsewhere as
+many as keep the device busy."""
 
 
 def by_latent(latent: Int[Array, "n"], m: int) -> Int[Array, "n"]:
@@ -29,8 +30,9 @@ def by_latent(latent: Int[Array, "n"], m: int) -> Int[Array, "n"]:
 
 
 def _in_chunks(n: int, *arrays: Array) -> tuple[Array, ...]:
-    """Lists `[n]` as `[chunks, CHUNK]`; what fills up the last has weight 0 (arrays end with zeros)."""
-    return tuple(jnp.pad(x, (0, -n % CHUNK)).reshape(-1, CHUNK) for x in arrays)
+    """Lists `[n]` as `[chunks, size]`; what fills up the last has weight 0 (arrays end with zeros)."""
+    size = min(CHUNK if jax.default_backend() == "cpu" else WIDE_CHUNK, n)
+    return tuple(jnp.pad(x, (0, -n % size)).reshape(-1, size) for x in arrays)
 
 
 def summed(

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from qsae_jax.errors import UserError
-from qsae_jax.mesh import born, kept
+from qsae_jax.mesh import born, kept, place
 from qsae_jax.sae.model import SAE, folded_norms, init_sae, unscaled, with_sparsity
 from qsae_jax.sae.objective import Now, Seen, make_objective
 from qsae_jax.sae.optimize import averaged, exponent, moved, optimizer, sparsity_rise, unit_decoder
@@ -107,7 +107,7 @@ def start(
     begun = None if initial is None else _from_before(initial, config, scale, scale_out, target is not None)
 
     def make() -> TrainState:
-        sae = begun or init_sae(
+        sae = begun if begun is not None else init_sae(
             make_sparsity(config, latents), latents, x.shape[-1], centre, jax.random.key(seed),
             centred=target is None, skip=config.skip, reads=1.0 if config.selects else 2 * x.shape[-1] / latents,
         )  # fmt: skip
@@ -118,7 +118,8 @@ def start(
             -jnp.ones(()), -jnp.ones(m), jnp.ones(()), jnp.full((), seed, jnp.int32), average,
         )  # fmt: skip
 
-    return born(make, mesh)
+    # What is there already is placed; under jit it would be a constant of the program.
+    return born(make, mesh) if begun is None else place(make(), mesh)
 
 
 def _from_before(sae: SAE, config: SAEConfig, scale: Array, scale_out: Array, transcodes: bool) -> SAE:
