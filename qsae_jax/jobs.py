@@ -59,19 +59,25 @@ def begun_as(sparsity: Sparsity) -> dict[str, Any]:
 
 
 def plan_jobs(
-    twins: Sequence[str], kinds: str, settings: Sequence[str], before: Mapping[str, Stored]
+    twins: Sequence[str], kinds: str, settings: Sequence[str], before: Mapping[str, Stored], transcodes: bool = False
 ) -> tuple[dict[str, Job], TrainConfig]:
-    """The jobs of a training, by name, and what they share. `kinds` names sparsities, comma-separated; empty is topk,
-    or the kind of the one dictionary in `before` that all go on from, by its source."""
+    """The jobs of a training, by name, and what they share. `kinds` names sparsities, comma-separated; empty is topk
+    (batchtopk for transcoders), or the kind of the one dictionary in `before` that all go on from, by its source."""
     origin, stored = next(iter(before.items()), ("", None))
     defaults = {"sae": begun_as(stored.sae.sparsity) if stored else {}, "train": {}}
-    kinds = kinds or defaults["sae"].get("sparsity", "topk")
+    kinds = kinds or defaults["sae"].get("sparsity", "batchtopk" if transcodes else "topk")
     jobs, shared = {}, set()
     for called, tables in _variants(kinds, settings, defaults):
         if unknown := set(tables) - {"sae", "train"}:
             raise UserError(f"--set: unknown table `{sorted(unknown)[0]}`; possible: sae.*, train.*")
         config, how = build(SAEConfig, tables["sae"], "sae."), build(TrainConfig, tables["train"], "train.")
         check_kinds(how.log)
+        if transcodes and config.sparsity in ("topk", "gated"):
+            raise UserError(
+                f"--sae {config.sparsity}: SAELens has no such transcoder: take batchtopk, jumprelu or relu"
+            )
+        if config.skip and not transcodes:
+            raise UserError("key `sae.skip` is for transcoders: name what is to be reconstructed with --target")
         shared.add(how.without_seed())
         jobs |= {f"{twin}{called}": Job(twin, how.seed, config, origin) for twin in twins}
     if len(shared) > 1:

@@ -66,7 +66,8 @@ def train(given: Namespace, command: str) -> None:
     names = [str(scheme) for scheme in schemes]
     if given.crosscoder and len(names) < 2:
         raise UserError("--crosscoder reads several twins side by side: name them with --schemes, for example fp,int4")
-    jobs, how = plan_jobs(["+".join(names)] if given.crosscoder else names, given.sae, given.set, before)
+    jobs, how = plan_jobs(["+".join(names)] if given.crosscoder else names, given.sae, given.set, before,
+                          transcodes=bool(given.target))  # fmt: skip
     if not given.point:
         raise UserError("train needs --point, for example --point blocks.8.resid_post; `qsae points` lists them")
     lm = load_lm(given.model, mesh=mesh, processing=given.processing)

@@ -59,3 +59,15 @@ def test_what_is_gone_on_with_keeps_its_kind(tiny_sae, sparsity, kind, k):
 def test_settings_that_mean_nothing_are_refused(kinds, settings, said):
     with pytest.raises(UserError, match=said):
         plan_jobs(["fp"], kinds, settings, {})
+
+
+def test_a_transcoder_that_no_format_holds_is_refused_before_it_is_trained():
+    """TopK and Gated ones; without a name it is BatchTopK. Control: an SAE of these kinds."""
+    jobs = plan_jobs(["fp"], "", ["sae.skip=true"], {}, transcodes=True)[0]
+    assert jobs["fp"].config.sparsity == "batchtopk" and jobs["fp"].config.skip
+    for kind in ("topk", "gated"):
+        with pytest.raises(UserError, match=f"--sae {kind}: SAELens has no such transcoder"):
+            plan_jobs(["fp"], f"relu,{kind}", [], {}, transcodes=True)
+        assert plan_jobs(["fp"], kind, [], {})[0]
+    with pytest.raises(UserError, match="for transcoders"):
+        plan_jobs(["fp"], "relu", ["sae.skip=true"], {})

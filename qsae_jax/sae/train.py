@@ -118,8 +118,9 @@ def start(
             -jnp.ones(()), -jnp.ones(m), jnp.ones(()), jnp.full((), seed, jnp.int32), average,
         )  # fmt: skip
 
-    # What is there already is placed; under jit it would be a constant of the program.
-    return born(make, mesh) if begun is None else place(make(), mesh)
+    # What is there already is placed: under jit it would be a constant of the program. Copied, for a step consumes
+    # each array once.
+    return born(make, mesh) if begun is None else place(jax.tree.map(jnp.copy, make()), mesh)
 
 
 def _from_before(sae: SAE, config: SAEConfig, scale: Array, scale_out: Array, transcodes: bool) -> SAE:
