@@ -21,6 +21,7 @@ from tests.sae.oracle import arrays_of
 
 torch: Any = pytest.importorskip("torch")
 lens: Any = pytest.importorskip("sae_lens")
+steps: Any = pytest.importorskip("sae_lens.saes.sae")
 pytest.importorskip("dictionary_learning")
 
 B, D, M = 16, 8, 24
@@ -100,12 +101,10 @@ def saelens(name, sae, coefficients, **more):
     model = getattr(lens, f"{name}TrainingSAE")(config)
     own = [n for n in arrays_of(sae) if n not in ("encoder", "W_dec", "b_dec", "b_enc")]
     names = {"encoder": "W_enc.T"} | {n: n for n in ("b_enc", "W_dec", "b_dec", *own) if n in arrays_of(sae)}
-    from sae_lens.saes.sae import TrainStepInput
-
     kept = {}
 
     def compute():
-        given = TrainStepInput(torch.tensor(X), coefficients, torch.tensor(DEAD), 0, False)
+        given = steps.TrainStepInput(torch.tensor(X), coefficients, torch.tensor(DEAD), 0, False)
         kept["out"] = model.training_forward_pass(given)
         return kept["out"].loss, kept["out"].feature_acts
 

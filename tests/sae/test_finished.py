@@ -89,8 +89,9 @@ def test_the_average_leaves_and_the_state_stays():
     state = stirred(BATCHTOPK)
     average = jax.tree.map(lambda a: 0.8 * a, state.sae)
     state, rows = state._replace(average=average), np.array(average.W_dec[...])
+    left: Any = None
     for _ in range(2):
-        left: Any = finished(state, BATCHTOPK)
+        left = finished(state, BATCHTOPK)
         np.testing.assert_allclose(np.linalg.norm(left.W_dec[...], axis=-1), 1, rtol=1e-6)
         assert np.array_equal(average.W_dec[...], rows) and np.abs(np.linalg.norm(rows, axis=-1) - 1).min() > 0.1
     np.testing.assert_allclose(left.b_enc[...], 0.8 * state.scale * state.sae.b_enc[...], rtol=1e-6)

@@ -57,6 +57,7 @@ def test_a_threshold_stops_at_zero_and_comes_back(make_sae):
     """A step that would take thresholds below 0 leaves them at 0, and the next one up is whole: the gradient is not
     cut. `threshold_lr` is theirs alone. Control: without the projection the second step would end lower."""
     config = SAEConfig(sparsity="jumprelu", penalty="tanh", lr=0.1, threshold_lr=0.4, warmup=0, decay=0, beta1=0)
+    sae: Any
     tx, sae = optimizer(config, 4), make_sae(JumpReLU(jnp.full(24, 0.3), 0.1))
     opt, seen = tx.init(sae), []
     for sign in 1.0, 1.0, -1.0:  # the first has no learning rate
