@@ -17,7 +17,10 @@ COMMON: Any = {"lr": 0.013, "beta1": 0.8, "beta2": 0.97, "warmup": 0.25, "decay"
 COMMON |= {"dead_after": 2 * BATCH, "aux": 0.37, "k_aux": 5, "l1": 0.23}
 
 TOPK = SAEConfig(sparsity="topk", k=3, **COMMON)
-BATCHTOPK = SAEConfig(sparsity="batchtopk", k=2.6, k_first=5, clip=0.9, ema=0.7, per_latent=True, **COMMON)
+BATCHTOPK = SAEConfig(
+    sparsity="batchtopk", k=2.6, k_first=5, clip=0.9, ema=0.7, per_latent=True, **COMMON | {"aux": 0.0}
+)
+"""Without AuxK, whose branches are half of what there is to compile."""
 ANNEAL = SAEConfig(
     sparsity="p_anneal", p_end=0.4, p_from=0.3, p_steps=3, unit_decoder="no", normalize="none", max_norm=1.3, **COMMON
 )
