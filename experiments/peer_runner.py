@@ -5,9 +5,10 @@
 MODEL_DIR is a Hugging Face folder, TOKENS.npy int32 `[n, seq]`. TopK with AuxK as SAELens has it by default, at the
 output of one block, on the CPU, without evaluations, checkpoints or W&B. The model is transformers' own (attention
 by PyTorch's fused kernel), which SAELens wraps, or with `--way tlens` TransformerLens's without processing; neither
-computes blocks after the point. Prints one JSON line: the seconds of `run()`, training tokens per second, how many
-tokens the model read for them (half of the buffer is never trained on), and the last loss's L0 as a sign of life.
-Loading is not counted. SAELens calls a latent dead after 1,000 steps: in a shorter run AuxK has nothing to do.
+computes blocks after the point. Prints one JSON line: the seconds of `run()`, also those that the processors worked
+(which other programs change less), training tokens per second, how many tokens the model read for them (half of the
+buffer is never trained on: 8,192 with the defaults), and the dictionary's L0 as a sign of life. Loading is not counted.
+SAELens calls a latent dead after 1,000 steps: in a shorter run AuxK has nothing to do.
 """
 
 import argparse
@@ -92,15 +93,16 @@ def main() -> None:
     import_module("torch").manual_seed(0)
     import_module("torch._dynamo")  # the first optimizer imports it, which takes ten seconds
     run = runner(given)
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     sae = run.run()
-    took = time.perf_counter() - began
+    took, worked = time.perf_counter() - began, time.process_time() - worked
     store = run.activations_store
     facts = {
         "seconds": round(took, 2),
+        "cpu_seconds": round(worked, 2),
         "tokens_per_s": round(given.tokens / took, 1),
         "tokens": given.tokens,
-        "model_tokens": store.n_dataset_processed * store.context_size,
+        "model_tokens": (store.n_dataset_processed + 1) * store.context_size,  # counted when the next is asked for
         "l0": round(float(sae.cfg.metadata.l0), 3),
         "way": given.way,
         "sae_lens": import_module("sae_lens").__version__,
