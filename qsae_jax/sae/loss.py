@@ -10,17 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from qsae_jax.products import along, matmul
+from qsae_jax.products import Product, along, matmul
 from qsae_jax.sae.model import SAE
 from qsae_jax.sae.select import nth_largest, places
 from qsae_jax.sae.sparsity import near
-
-Product = Callable[[Array, Array], Array]
-
-
-def in_bfloat16(x: Float[Array, "b n"], w: Float[Array, "n m"]) -> Float[Array, "b m"]:
-    """A product of operands rounded to bfloat16, summed in float32."""
-    return jnp.matmul(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
 
 
 def reading(sae: SAE, x: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, "m"]]:

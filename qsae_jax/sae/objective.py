@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from qsae_jax.products import matmul
+from qsae_jax.products import Product, in_bfloat16, matmul
 from qsae_jax.sae import loss
 from qsae_jax.sae.model import SAE
 from qsae_jax.sae.select import nth_largest
@@ -52,7 +52,7 @@ Objective = Callable[[SAE, Array, Array, Now], Seen]
 def make_objective(config: SAEConfig, fast: bool, twins: int = 1) -> Objective:
     """The objective of a configuration. `fast` where one device holds all latents. Of a crosscoder over so many twins
     a decoder row's norm is the sum of the norms of its parts (Lindsey et al. 2024)."""
-    product = loss.in_bfloat16 if config.bf16 else matmul
+    product = in_bfloat16 if config.bf16 else matmul
     dense = {"relu": _relu, "p_anneal": _p_anneal, "gated": _gated, "jumprelu": _jumprelu}
     if config.selects:
         return partial(_selecting, config, product, _levels_of_list if fast else _levels_by_products)
@@ -95,12 +95,12 @@ def _thinned(codes: Array, config: SAEConfig, now: Now, rows: int) -> Array:
     return jnp.where(codes >= cut, codes, 0)
 
 
-def _levels_of_list(config: SAEConfig, sae: SAE, x: Array, now: Now, product: loss.Product) -> Levels:
+def _levels_of_list(config: SAEConfig, sae: SAE, x: Array, now: Now, product: Product) -> Levels:
     """By gathered rows."""
     sparsity = sae.sparsity
     assert isinstance(sparsity, TopK | BatchTopK)
     read, bias = loss.reading(sae, x)
-    codes, b = encode_chosen(read, sae.encoder[...], bias, sparsity), len(x)
+    codes, b = encode_chosen(read, sae.encoder[...], bias, sparsity, product), len(x)
     value = codes.value.reshape(b, -1) if isinstance(sparsity, TopK) else codes.value
     codes = codes._replace(value=_thinned(value, config, now, b).reshape(-1))
     ends = jnp.asarray(edges(config, sae.latents))
@@ -111,7 +111,7 @@ def _levels_of_list(config: SAEConfig, sae: SAE, x: Array, now: Now, product: lo
     return Levels(added, fired, jnp.full(sae.latents, jnp.inf).at[codes.latent].min(some))
 
 
-def _levels_by_products(config: SAEConfig, sae: SAE, x: Array, now: Now, product: loss.Product) -> Levels:
+def _levels_by_products(config: SAEConfig, sae: SAE, x: Array, now: Now, product: Product) -> Levels:
     """By dense products, which a mesh cuts along the latents."""
     codes = sae.sparsity(loss.pre_activations(sae, x, product))
     codes = _thinned(codes, config, now, len(x))
@@ -122,9 +122,7 @@ def _levels_by_products(config: SAEConfig, sae: SAE, x: Array, now: Now, product
     return Levels(added, jnp.sum(codes > 0, axis=0).astype(x.dtype), least)
 
 
-def _selecting(
-    config: SAEConfig, product: loss.Product, levels: Callable, sae: SAE, x: Array, y: Array, now: Now
-) -> Seen:
+def _selecting(config: SAEConfig, product: Product, levels: Callable, sae: SAE, x: Array, y: Array, now: Now) -> Seen:
     """TopK and BatchTopK: `mse + aux AuxK`. Matryoshka: the mean over the levels of the mse of all latents up to there
     (Bussmann et al. 2025, arXiv 2503.17547), and AuxK on the last residual. SAELens has their sum, and
     dictionary_learning their mean divided once more by their number."""
@@ -149,7 +147,7 @@ def _norms(sae: SAE, twins: int) -> Float[Array, "m"]:
     return jnp.sum(jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1)), 0), axis=-1)
 
 
-def _relu(config: SAEConfig, product: loss.Product, twins: int, sae: SAE, x: Array, y: Array, now: Now) -> Seen:
+def _relu(config: SAEConfig, product: Product, twins: int, sae: SAE, x: Array, y: Array, now: Now) -> Seen:
     """`mse + l1 L1`."""
     codes = jax.nn.relu(loss.pre_activations(sae, x, product))
     error = y - _outside(sae, x) - product(codes, sae.W_dec[...])
@@ -157,7 +155,7 @@ def _relu(config: SAEConfig, product: loss.Product, twins: int, sae: SAE, x: Arr
     return _seen(parts["mse"] + config.l1 * now.rise * parts["l1"], error, codes, parts)
 
 
-def _p_anneal(config: SAEConfig, product: loss.Product, twins: int, sae: SAE, x: Array, y: Array, now: Now) -> Seen:
+def _p_anneal(config: SAEConfig, product: Product, twins: int, sae: SAE, x: Array, y: Array, now: Now) -> Seen:
     """`mse + l1 w L_p^p` of codes times decoder norms, w keeping the penalty as large as it was when p falls. `next` is
     the penalty at the p that comes next."""
     codes = jax.nn.relu(loss.pre_activations(sae, x, product))
@@ -170,7 +168,7 @@ def _p_anneal(config: SAEConfig, product: loss.Product, twins: int, sae: SAE, x:
     return _seen(total, error, codes, parts)
 
 
-def _gated(config: SAEConfig, product: loss.Product, twins: int, sae: SAE, x: Array, y: Array, now: Now) -> Seen:
+def _gated(config: SAEConfig, product: Product, twins: int, sae: SAE, x: Array, y: Array, now: Now) -> Seen:
     """`mse + l1 sum relu(gate) |W_dec| + |y - (relu(gate) W_dec + b_dec)|^2`, the decoder of the last term frozen
     (Rajamanoharan et al. 2024, arXiv 2404.16014, equation 8). The norms in the second term are SAELens's; with unit
     rows they are 1. SAELens does not freeze the decoder."""
@@ -183,7 +181,7 @@ def _gated(config: SAEConfig, product: loss.Product, twins: int, sae: SAE, x: Ar
     return _seen(parts["mse"] + config.l1 * now.rise * parts["l1"] + parts["gate"], error, codes, parts)
 
 
-def _jumprelu(config: SAEConfig, product: loss.Product, twins: int, sae: SAE, x: Array, y: Array, now: Now) -> Seen:
+def _jumprelu(config: SAEConfig, product: Product, twins: int, sae: SAE, x: Array, y: Array, now: Now) -> Seen:
     """`mse + l0 penalty (+ pre_act lifting of dead latents)`: loss.py has the four penalties."""
     assert isinstance(sae.sparsity, JumpReLU)
     pre, threshold, norms = loss.pre_activations(sae, x, product), sae.sparsity.threshold[...], _norms(sae, twins)

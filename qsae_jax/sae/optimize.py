@@ -78,6 +78,8 @@ def moved(config: SAEConfig, tx: Any, sae: SAE, grads: SAE, opt: optax.OptState)
     return unit_decoder(sae) if config.unit else sae, opt
 
 
-def averaged(average: SAE, sae: SAE, decay: float) -> SAE:
-    """The running average of weights (Gao et al. 2024, appendix A)."""
-    return jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, average, sae)
+def averaged(average: SAE, sae: SAE, decay: float, made: Array) -> SAE:
+    """The running average of weights (Gao et al. 2024, appendix A). It forgets faster in the first steps, or those from
+    before them would stay in it. `made` counts the steps, this one too."""
+    decay_now = jnp.minimum(decay, (1 + made) / (10 + made))
+    return jax.tree.map(lambda a, w: decay_now * a + (1 - decay_now) * w, average, sae)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qsae_jax.products import matmul
+from qsae_jax.products import Product, matmul
 from qsae_jax.sae.sparsity import BatchTopK, Chosen, TopK
 
 CHUNK, WIDE_CHUNK = 512, 65_536
@@ -65,20 +65,24 @@ class Codes(NamedTuple):
     order: Int[Array, "n"]
 
 
-def _encode(x: Array, rows: Array, bias: Array, sparsity: TopK | BatchTopK) -> Codes:
-    chosen: Chosen = sparsity.chosen(matmul(x, rows.T) + bias[None, :])
+def _encode(x: Array, rows: Array, bias: Array, sparsity: TopK | BatchTopK, product: Product) -> Codes:
+    chosen: Chosen = sparsity.chosen(product(x, rows.T) + bias[None, :])
     return Codes(*chosen, by_latent(chosen.latent, len(rows)))
 
 
-_encode_chosen = jax.custom_vjp(_encode, nondiff_argnums=(3,))
+_encode_chosen = jax.custom_vjp(_encode, nondiff_argnums=(3, 4))
 
 
-def _encode_forth(x: Array, rows: Array, bias: Array, sparsity: TopK | BatchTopK) -> tuple[Codes, tuple]:
-    codes = _encode(x, rows, bias, sparsity)
+def _encode_forth(
+    x: Array, rows: Array, bias: Array, sparsity: TopK | BatchTopK, product: Product
+) -> tuple[Codes, tuple]:
+    codes = _encode(x, rows, bias, sparsity, product)
     return codes, (x, rows, codes)
 
 
-def _encode_back(sparsity: TopK | BatchTopK, kept: tuple, cotangent: Codes) -> tuple[Array, Array, Array]:
+def _encode_back(
+    sparsity: TopK | BatchTopK, product: Product, kept: tuple, cotangent: Codes
+) -> tuple[Array, Array, Array]:
     x, rows, codes = kept
     back = jnp.where(codes.value > 0, cotangent.value, 0)
     order = codes.order
@@ -91,10 +95,15 @@ _encode_chosen.defvjp(_encode_forth, _encode_back)
 
 
 def encode_chosen(
-    x: Float[Array, "b d"], rows: Float[Array, "m d"], bias: Float[Array, "m"], sparsity: TopK | BatchTopK
+    x: Float[Array, "b d"],
+    rows: Float[Array, "m d"],
+    bias: Float[Array, "m"],
+    sparsity: TopK | BatchTopK,
+    product: Product = matmul,
 ) -> Codes:
-    """The codes that a sparsity chooses of `x rows^T + bias`. Only the values have gradients."""
-    return _encode_chosen(x, rows, bias, sparsity)
+    """The codes that a sparsity chooses of `x rows^T + bias`. Only the values have gradients.
+    `product` is the encoder's."""
+    return _encode_chosen(x, rows, bias, sparsity, product)
 
 
 def _decode(value: Array, latent: Array, order: Array, to: Array, W_dec: Array, size: int) -> Array:

@@ -129,7 +129,13 @@ def _from_before(sae: SAE, config: SAEConfig, scale: Array, scale_out: Array, tr
         what = "normalises each token" if sae.norm is not None else "is a transcoder or else should be one"
         raise UserError(f"the dictionary to go on from {what}: start a new one, or give another")
     sae = unscaled(sae, 1 / scale, 1 / scale_out)
-    sae = folded_norms(sae) if config.unit else sae
+    if config.unit:
+        lengths = jnp.linalg.norm(sae.W_dec[...], axis=-1)
+        if isinstance(sae.sparsity, TopK) and jnp.any(jnp.abs(lengths - 1) > 1e-3):
+            # Folded into the codes they would change which of them are the largest.
+            raise UserError("the dictionary to go on from has TopK codes and decoder rows of many lengths: "
+                            "keep them with --set sae.unit_decoder=no")  # fmt: skip
+        sae = folded_norms(sae)
     wanted = make_sparsity(config, sae.latents)
     if (sae.b_enc is None) != isinstance(wanted, Gated):
         raise UserError(f"a dictionary with {sae.sparsity.name} codes is not gone on with as {config.sparsity}")
@@ -191,9 +197,9 @@ def _begun_anew(
     config: SAEConfig, state: TrainState, sae: SAE, opt: optax.OptState, silent: Array, x: Array, y: Array, seen: Seen
 ) -> tuple[SAE, optax.OptState, Array]:
     """Resampling, when its time has come."""
-    at, dead = state.step * len(x), silent >= config.dead_after
+    dead = silent >= config.dead_after
     key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-    due = (at + len(x)) // config.resample > at // config.resample
+    due = (state.step + 1) % max(config.resample // len(x), 1) == 0
     args = (sae, opt, dead, x, y, seen.error, config.threshold, key)
     sae, opt = jax.lax.cond(due, lambda: resampled(*args), lambda: (sae, opt))
     return sae, opt, jnp.where(due & dead, 0, silent)
@@ -214,7 +220,7 @@ def _with_running(config: SAEConfig, steps: int, state: TrainState, seen: Seen, 
         ratio = seen.parts["lp"] / jnp.maximum(seen.parts["next"], 1e-12)
         state = state._replace(weight=jnp.where(falls, state.weight * ratio, state.weight))
     if state.average is not None:
-        state = state._replace(average=averaged(state.average, state.sae, config.ema))
+        state = state._replace(average=averaged(state.average, state.sae, config.ema, state.step))
     return state
 
 

@@ -11,7 +11,8 @@ import pytest
 from qsae_jax.errors import UserError
 from qsae_jax.mesh import make_mesh
 from qsae_jax.sae.optimize import unit_decoder
-from qsae_jax.sae.sparsity import BatchTopK, JumpReLU
+from qsae_jax.sae.settings import SAEConfig
+from qsae_jax.sae.sparsity import BatchTopK, JumpReLU, ReLU, TopK
 from qsae_jax.sae.train import finished, start
 from tests.sae.oracle import arrays_of
 from tests.sae.trainings import BATCHTOPK, CONFIGS, GATED, JUMP, LATENTS, STEPS, TOPK, X, Y, shape_of, started
@@ -126,3 +127,15 @@ def test_what_cannot_be_gone_on_from_is_refused():
         going_on(TOPK, finished(stirred(GATED)._replace(scale=jnp.ones(()), scale_out=jnp.ones(())), GATED))
     with pytest.raises(UserError, match="is a transcoder"):
         going_on(TOPK, finished(stirred(JUMP), JUMP))
+
+
+def test_topk_rows_of_many_lengths_are_not_folded(make_sae, draw, mesh):
+    """Going on from a TopK dictionary with free rows is refused, because folding changes which codes are the largest.
+    Controls: with free rows in the training too it is taken, and a ReLU one is folded."""
+    x, one = jnp.asarray(draw(7, 32, 8)), mesh(1, 1)
+    sae = make_sae(TopK(3))
+    with pytest.raises(UserError, match=r"rows of many lengths.*unit_decoder=no"):
+        start(SAEConfig(k=3), [x], 24, 9, 0, one, initial=sae)
+    for config, given in ((SAEConfig(k=3, unit_decoder="no"), sae), (SAEConfig(sparsity="p_anneal"), make_sae(ReLU()))):
+        state = start(config, [x], 24, 9, 0, one, initial=given)
+        np.testing.assert_allclose(state.scale * state.sae(x / state.scale), given(x), rtol=1e-4, atol=1e-4)

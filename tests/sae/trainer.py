@@ -68,7 +68,8 @@ def train(torch, c, steps, arrays, batches, scales, longest, *, centred=True, tw
         kept.cut, kept.cuts = running(kept.cut, least.min()), running(kept.cuts, least)
         sizes = (codes * norms)[codes > 0]
         kept.weight *= (sizes ** powers[0]).sum() / (sizes ** powers[1]).sum()
-        kept.average = {n: c.ema * a + (1 - c.ema) * p[n].detach().numpy() for n, a in kept.average.items()}
+        decay = min(c.ema, (2 + t) / (11 + t))
+        kept.average = {n: decay * a + (1 - decay) * p[n].detach().numpy() for n, a in kept.average.items()}
     kept.arrays = {name: tensor.detach().numpy() for name, tensor in p.items()}
     return kept
 
