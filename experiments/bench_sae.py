@@ -1,14 +1,13 @@
 """How fast dictionaries train beside SAELens and dictionary_learning, one after the other, in one go.
 
     make peers      # once: the environment of the PyTorch tools
-    .venv/bin/python experiments/bench_sae.py [--peer FILE] [--runner] [--latents 8192 32768]
+    .venv/bin/python experiments/bench_sae.py [--latents 8192 32768] [--kinds topk relu] [--runner]
 
 Steps on random activations (d 512, k 32, batch 2048, AuxK on, float32), after three that are not counted: compiling
 is paid once a training. Beside each of our steps stands the product of the batch with the encoder, which no exact
 method does without. `--dead` counts half of the latents as dead, so that AuxK has work. `--runner` times the whole way
-instead, from tokens to a saved dictionary (SmolLM2, block 8, 4,608 latents), beside SAELens's own runner
-(peer_runner.py). The script of single steps is not part of this repository (`--peer FILE`, called as FILE LIB ARCH D M
-K BATCH STEPS); without it only our own figures are printed.
+instead, from tokens to a saved dictionary (SmolLM2, block 8, 4,608 latents), beside SAELens's own runner. The peers'
+scripts are peer_steps.py and peer_runner.py.
 """
 
 import argparse
@@ -36,9 +35,14 @@ from qsae_jax.sae.train import make_step, start
 
 ROOT = Path(__file__).parents[1]
 D, K, BATCH = 512, 32, 2048
-PEERS = {"topk": ("saelens topk", "dictionary_learning topk"), "relu": ("saelens standard",), "gated": (),
-         "batchtopk": ("saelens batchtopk", "dictionary_learning batchtopk"), "jumprelu": ("saelens jumprelu",),
-         "matryoshka": ()}  # fmt: skip
+PEERS = {
+    "topk": ("saelens topk", "dictionary_learning topk"),
+    "batchtopk": ("saelens batchtopk", "dictionary_learning batchtopk"),
+    "matryoshka": ("saelens matryoshka",),
+    "relu": ("saelens standard",),
+    "gated": ("saelens gated",),
+    "jumprelu": ("saelens jumprelu",),
+}
 
 
 def milliseconds(run: Callable[[], Any], steps: int) -> float:
@@ -87,7 +91,7 @@ def steps_beside(given: argparse.Namespace) -> list[dict[str, Any]]:
             floor = product(latents, given.steps)
             row = {"kind": kind, "latents": latents, "product_ms": floor,
                    "ours_ms": ours(kind, latents, given.steps, given.dead, given.bf16)}  # fmt: skip
-            for peer in PEERS[kind] if given.peer else ():
+            for peer in PEERS[kind]:
                 command = [given.python, given.peer, *peer.split(), D, latents, K, BATCH, given.steps]
                 done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
                 row[f"{peer} ms"] = json.loads(done.stdout.splitlines()[-1])["ms_per_step"]
@@ -130,7 +134,7 @@ def main() -> None:
     asked.add_argument("--runner", action="store_true")
     asked.add_argument("--dead", action="store_true")
     asked.add_argument("--bf16", action="store_true")
-    asked.add_argument("--peer", type=Path)
+    asked.add_argument("--peer", type=Path, default=ROOT / "experiments" / "peer_steps.py")
     asked.add_argument("--python", type=Path, default=ROOT / ".venv-peers" / "bin" / "python")
     given = asked.parse_args()
     runner(given) if given.runner else steps_beside(given)
