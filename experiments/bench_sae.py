@@ -29,6 +29,7 @@ from qsae_jax.acts.stream import ActivationStream
 from qsae_jax.lm.sources import SMOLLM2
 from qsae_jax.lm.tap import Point
 from qsae_jax.mesh import make_mesh
+from qsae_jax.products import in_bfloat16, matmul
 from qsae_jax.sae.fit import Job, fit
 from qsae_jax.sae.settings import SAEConfig
 from qsae_jax.sae.train import make_step, start
@@ -55,11 +56,11 @@ def milliseconds(run: Callable[[], Any], steps: int) -> float:
     return 1e3 * statistics.median(times)
 
 
-def product(latents: int, steps: int) -> float:
+def product(latents: int, steps: int, bf16: bool) -> float:
     """The encoder's product alone."""
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.standard_normal((n, D), np.float32)) for n in (BATCH, latents))
-    multiply = jax.jit(lambda x, w: x @ w.T)
+    multiply = jax.jit(lambda x, w: (in_bfloat16 if bf16 else matmul)(x, w.T))
     multiply(x, w).block_until_ready()
     return milliseconds(lambda: multiply(x, w), steps)
 
@@ -88,7 +89,7 @@ def steps_beside(given: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for latents in given.latents:
         for kind in given.kinds:
-            floor = product(latents, given.steps)
+            floor = product(latents, given.steps, given.bf16)
             row = {"kind": kind, "latents": latents, "product_ms": floor,
                    "ours_ms": ours(kind, latents, given.steps, given.dead, given.bf16)}  # fmt: skip
             for peer in PEERS[kind]:

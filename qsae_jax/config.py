@@ -120,7 +120,7 @@ def expanded(text: str) -> list[str]:
         first, last = map(int, span.groups())
         choices = [str(i) for i in range(first, last + 1)] or [str(i) for i in range(first, last - 1, -1)]
     else:
-        choices = [choice.strip() for choice in inner.split(",")]
+        choices = split_list(inner)
         if len(choices) < 2:
             raise UserError(f"`{text}`: braces hold a range or several things: write for example {{8..2}} or {{4,8}}")
     before, after = text[: found.start()], text[found.end() :]

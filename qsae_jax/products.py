@@ -18,9 +18,22 @@ Product = Callable[[Array, Array], Array]
 """A matrix product of float32 numbers, in one precision or another."""
 
 
+@jax.custom_vjp
 def in_bfloat16(x: Float[Array, "b n"], w: Float[Array, "n m"]) -> Float[Array, "b m"]:
-    """A product of operands rounded to bfloat16, summed in float32: as fast as a GPU or TPU can."""
+    """A product of operands rounded to bfloat16, summed in float32; the products of its gradient likewise."""
     return jnp.matmul(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+
+def _bfloat16_forth(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return in_bfloat16(x, w), (x, w)
+
+
+def _bfloat16_back(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = kept
+    return in_bfloat16(g, w.T), in_bfloat16(x.T, g)
+
+
+in_bfloat16.defvjp(_bfloat16_forth, _bfloat16_back)
 
 
 _HIGHEST = float(jnp.finfo(jnp.float32).max)

@@ -90,6 +90,8 @@ class Study:
             raise UserError(
                 f"key `tokens.compare` is {self.tokens.compare}: give at most tokens.audit, {self.tokens.audit}"
             )
+        if self.sae.skip:
+            raise UserError("key `sae.skip` is for transcoders, which `qsae train --target` makes: leave it out")
         if self.dictionary and self.compare:
             raise UserError("key `compare` retrains, key `dictionary` takes what is there: leave one of them out")
 

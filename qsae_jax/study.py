@@ -90,7 +90,7 @@ class Stages:
             s.processing,
             s.point,
             as_tables(s.sae),
-            as_tables(s.train),
+            {key: value for key, value in as_tables(s.train).items() if key != "log"},
             self.scheme,
             t.skip_first,
             t.audit,

@@ -64,14 +64,17 @@ def train(given: Namespace, command: str) -> None:
     mesh = parse_mesh(given.mesh)
     before = {given.start: load_stored(given.start, mesh)} if given.start else {}
     names = [str(scheme) for scheme in schemes]
+    if given.crosscoder and given.target:
+        raise UserError("--crosscoder reconstructs what it reads: leave out --target, or --crosscoder")
     if given.crosscoder and len(names) < 2:
         raise UserError("--crosscoder reads several twins side by side: name them with --schemes, for example fp,int4")
-    jobs, how = plan_jobs(["+".join(names)] if given.crosscoder else names, given.sae, given.set, before,
+    jobs, how = plan_jobs([names] if given.crosscoder else [[name] for name in names], given.sae, given.set, before,
                           transcodes=bool(given.target))  # fmt: skip
-    if not given.point:
+    if not given.point and not before:
         raise UserError("train needs --point, for example --point blocks.8.resid_post; `qsae points` lists them")
+    asked = given.point or _point(given, before[given.start])
     lm = load_lm(given.model, mesh=mesh, processing=given.processing)
-    windows, point = _windows(given, lm), check_point(lm, given.point)
+    windows, point = _windows(given, lm), check_point(lm, asked)
     target = check_point(lm, given.target) if given.target else None
     twins = {str(scheme): fake_quantize(lm, scheme) for scheme in schemes}
     stream = ActivationStream(twins, point, windows, mesh, batch=how.batch, seed=how.shuffle, target=target,
@@ -83,8 +86,8 @@ def train(given: Namespace, command: str) -> None:
         facts |= learned(jobs[name], how) | ({"hook_name_out": hook_of(str(target))} if target else {})
         save_sae(sae, out / "saes" / name, facts)
         print(f"{name}: {out / 'saes' / name}")
-        if given.crosscoder:
-            print(f"{name}: {tell_apart(sae, jobs[name], stream, out / 'saes' / name)}")
+    for name, sae in saes.items() if given.crosscoder else ():
+        print(f"{name}: {tell_apart(sae, jobs[name], stream, out / 'saes' / name)}")
     forget_steps(out / "train")
     _record(given, command, out)
 

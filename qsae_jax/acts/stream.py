@@ -51,6 +51,8 @@ class ActivationStream:
     target: Point | None = None
     """A second point, whose activations are given out beside those of the first under `NAME target`."""
     taken: int = 0
+    until: int = 0
+    """Rows after which nobody asks for more, and nothing is made ahead; 0 is never."""
     _parts: dict[int, list[Block]] = field(default_factory=dict, repr=False)
     _blocks: dict[int, Block] = field(default_factory=dict, repr=False)
     _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
@@ -81,7 +83,8 @@ class ActivationStream:
         old = self._block(first)
         new = self._block(first + 1) if from_new.any() else old
         self.taken += self.batch
-        self._ask_for(first + 1, (self.taken - first * self.rows_per_block) / self.rows_per_block)
+        if not self.until or (first + 1) * self.rows_per_block < self.until:
+            self._ask_for(first + 1, (self.taken - first * self.rows_per_block) / self.rows_per_block)
         return {name: on_data(_gather(old[name], new[name], rows, from_new), self.mesh) for name in old}
 
     def first(self, rows: int) -> Block:

@@ -71,11 +71,11 @@ def home(sae: SAE, twins: int) -> Float[Array, "m d"]:
 
 def told_apart(sae: SAE, batches: Iterable[Float[Array, "b d"]], names: Sequence[str]) -> dict[str, np.ndarray]:
     """A row for each latent: how often it fired on these batches, and for each twin its `relative_norm` and `beta`."""
-    add = jax.jit(lambda sums, x: sums.add(sae, x))
-    fired = jax.jit(lambda x: jnp.sum(sae.encode(x) > 0, axis=0))
+    add = jax.jit(lambda sae, sums, x: sums.add(sae, x))
+    fired = jax.jit(lambda sae, x: jnp.sum(sae.encode(x) > 0, axis=0))
     sums, counts, n = Scaling.empty(sae, len(names)), np.zeros(sae.latents), 0
     for x in batches:
-        sums, counts, n = add(sums, x), counts + np.asarray(fired(x)), n + len(x)
+        sums, counts, n = add(sae, sums, x), counts + np.asarray(fired(sae, x)), n + len(x)
     norms, betas = np.asarray(relative_norms(sae, len(names))), np.asarray(sums.betas(sae))
     columns = {"feature": np.arange(sae.latents), "firing_rate": counts / max(n, 1)}
     columns |= {f"relative_norm {name}": norms[i] for i, name in enumerate(names)}

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from qsae_jax.acts.stream import ActivationStream
-from qsae_jax.config import as_tables
+from qsae_jax.config import LARGEST, as_tables
 from qsae_jax.errors import Interrupted, UserError
 from qsae_jax.files import make_folder, read_json, write_json
 from qsae_jax.progress import progress, stop_signal
 from qsae_jax.sae.log import Logs, check_kinds
 from qsae_jax.sae.model import SAE
+from qsae_jax.sae.objective import edges
 from qsae_jax.sae.settings import SAEConfig
 from qsae_jax.sae.train import Metrics, Step, TrainState, finished, make_step, start
 from qsae_jax.store import Steps
@@ -38,15 +39,17 @@ class Job:
     """One dictionary to train: on which twin's activations, from which seed, and how where that differs."""
 
     twin: str
-    """One of the stream's twins; several joined by `+` are read side by side, by a crosscoder."""
+    """One of the stream's twins."""
     seed: int = 0
     config: SAEConfig | None = None
+    beside: tuple[str, ...] = ()
+    """More twins, which a crosscoder reads side by side with the first."""
     origin: str = ""
     """The dictionary that it goes on from, by name."""
 
     @property
     def twins(self) -> list[str]:
-        return self.twin.split("+")
+        return [self.twin, *self.beside]
 
     def seen(self, batch: Mapping[str, Array]) -> list[Array]:
         """What it reads, of each twin."""
@@ -84,13 +87,15 @@ def fit(
         settings |= {f"activations of {name}": f"{float(jnp.linalg.norm(x)):.3g}" for name, x in first.items()}
         if kept.latest is not None:
             _same(settings, folder)
-        states, stream.taken = _begin(first, stream, jobs, config, steps, initial or {}), 0
+        states = _begin(first, stream, jobs, config, steps, initial or {})
+        stream.taken, stream.until = 0, steps * stream.batch
         if kept.latest is None:
             write_json(folder / SETTINGS, settings)
             _forget_logs(folder, jobs)
         else:
             states, plain = kept.load(states)
             stream.taken = int(plain["taken"])
+        del first
         work = _Work(stream, jobs, {name: job.config or config for name, job in jobs.items()}, steps, kept)
         with closing(Logs(folder, list(jobs), stream.taken, log)) as logs:
             states = work.done(states, logs)
@@ -126,6 +131,7 @@ def _forget_logs(folder: Path, jobs: Mapping[str, Job]) -> None:
     for path in folder.glob("*.jsonl"):
         if path.stem not in jobs:
             path.unlink()
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
 def _begin(
@@ -142,12 +148,30 @@ def _begin(
     for name, job in jobs.items():
         how, x = job.config or config, job.seen(first)
         latents = initial[name].latents if name in initial else x[0].shape[-1] * how.expansion
-        if how.selects and how.k_most > latents:
-            raise UserError(f"sae.k {how.k_most:g} is more than the {latents} latents: lower it")
-        if name in initial and initial[name].d != sum(part.shape[-1] for part in x):
-            raise UserError(f"the dictionary to go on from has width {initial[name].d}: the activations have another")
-        states[name] = start(how, x, latents, steps, job.seed, stream.mesh, job.aims(first), initial.get(name))
+        y = job.aims(first)
+        widths = [sum(part.shape[-1] for part in side) for side in (x, x if y is None else y)]
+        if name in initial and [initial[name].d, initial[name].d_out] != widths:
+            has = f"{initial[name].d} and {initial[name].d_out}"
+            raise UserError(
+                f"the dictionary to go on from reads and writes widths {has}, the activations have {widths[0]} and "
+                f"{widths[1]}: take the points that it was trained on"
+            )
+        _check_fits(how, latents, stream.batch, y is not None)
+        states[name] = start(how, x, latents, steps, job.seed, stream.mesh, y, initial.get(name))
     return states
+
+
+def _check_fits(config: SAEConfig, latents: int, batch: int, transcodes: bool) -> None:
+    """Refuse what could not be trained, or not be saved."""
+    if config.selects and config.k_most > latents:
+        raise UserError(f"sae.k {config.k_most:g} is more than the {latents} latents: lower it")
+    if config.sparsity in ("batchtopk", "matryoshka") and batch * latents > LARGEST:
+        raise UserError(f"train.batch {batch} times {latents} latents is more than 32 bits count: lower train.batch")
+    ends = edges(config, latents)
+    if any(one >= next_one for one, next_one in zip([0, *ends], ends, strict=False)):
+        raise UserError(f"sae.groups of {latents} latents end at {ends}: give shares of at least one latent each")
+    if config.skip and not transcodes:
+        raise UserError("key `sae.skip` is for transcoders: give the stream a second point")
 
 
 @dataclass

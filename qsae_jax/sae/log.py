@@ -91,7 +91,7 @@ class Logs:
     """The writers of all dictionaries of one training."""
 
     def __init__(self, folder: Path, names: Sequence[str], tokens: int, kinds: Sequence[str] = ()):
-        check_kinds(kinds)
+        self._folder = folder
         more = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
         self._writers: dict[str, list[Writer]] = {
             name: [JsonLines(folder / f"{name}.jsonl", tokens), *(more[kind](folder, name, tokens) for kind in kinds)]
@@ -113,7 +113,7 @@ class Logs:
         got = {name: _plain(one) for name, one in jax.device_get(metrics).items()}
         for name, figures in got.items():
             if not np.isfinite(figures["fvu"]):
-                raise UserError(f"the training of {name} diverged: lower sae.lr")
+                raise UserError(f"the training of {name} diverged: delete `{self._folder}` and lower sae.lr")
             for writer in self._writers[name]:
                 writer.write(tokens, figures | {"tokens_per_s": round(speed, 1)})
         means = {key: sum(one[key] for one in got.values()) / len(got) for key in ("l0", "dead")}

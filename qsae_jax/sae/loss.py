@@ -91,8 +91,9 @@ def tanh(codes: Float[Array, "b m"], norms: Float[Array, "m"], scale: float) -> 
 def pre_act(pre: Array, threshold: Float[Array, "m"], norms: Float[Array, "m"], dead: Bool[Array, "m"]) -> Array:
     """`mean_b sum over dead i of relu(theta_i - pre_i) |W_dec[i]|` (Anthropic, January 2025; SAELens's, for latents
     that are dead): lifts what does not reach its threshold."""
-    short = jax.nn.relu(along(threshold, pre) - pre)
-    return jnp.mean(matmul(short, jnp.where(dead, norms, 0)))
+    # A threshold of infinity is that of a latent that never fires: nothing lifts it.
+    reachable = jnp.where(jnp.isfinite(threshold), threshold, -jnp.inf)
+    return jnp.mean(matmul(jax.nn.relu(along(reachable, pre) - pre), jnp.where(dead, norms, 0)))
 
 
 def auxk(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from qsae_jax.errors import UserError
 from qsae_jax.products import along, einsum
-from qsae_jax.sae.sparsity import Sparsity
+from qsae_jax.sae.sparsity import Gated, Sparsity
 
 
 class Normed(NamedTuple):
@@ -160,7 +160,8 @@ def _directions(key: Array, n: int, d: int) -> Float[Array, "n d"]:
 def unscaled(sae: SAE, of_input: Array, of_output: Array) -> SAE:
     """The dictionary for activations as the model gives them, from one for `x / of_input` and `y / of_output`:
     numbers, or vectors along d and d_out. Exact, because the map is homogeneous: codes grow by the input's mean scale.
-    With one number for both, weights stay as they are and biases and thresholds are multiplied."""
+    With one number for both, weights stay as they are and biases and thresholds are multiplied. A dictionary that takes
+    b_dec off its input needs the same scale on both sides."""
     c = jnp.sqrt(jnp.mean(of_input**2))
     column = jnp.broadcast_to(of_input, (sae.d,))[:, None]
     row = jnp.broadcast_to(of_output, (sae.d_out,))[None]
@@ -188,6 +189,20 @@ def with_sparsity(sae: SAE, sparsity: Sparsity) -> SAE:
     new = jax.tree.map(lambda x: x, sae)
     new.sparsity = nnx.data(sparsity) if isinstance(sparsity, nnx.Module) else sparsity
     return new
+
+
+def recentred(sae: SAE, centred: bool) -> SAE:
+    """The same function with b_dec taken off the input, or not: the other biases make up for it, exactly."""
+    if sae.centred == centred:
+        return sae
+    moved = einsum("md,d->m", sae.encoder[...], sae.b_dec[...]) * (1 if centred else -1)
+    b_enc, sparsity = sae.b_enc, sae.sparsity
+    if isinstance(sparsity, Gated):
+        r_mag = sparsity.r_mag[...]
+        sparsity = Gated(sparsity.b_gate[...] + moved, sparsity.b_mag[...] + moved * jnp.exp(r_mag), r_mag)
+    b_enc = None if b_enc is None else b_enc[...] + moved
+    skip = None if sae.W_skip is None else sae.W_skip[...]
+    return SAE(sparsity, sae.W_enc, b_enc, sae.W_dec[...], sae.b_dec[...], centred, skip, sae.norm, sae.transcodes)
 
 
 def check_width(sae: SAE, width: int, point: str) -> None:

@@ -20,7 +20,8 @@ def learning_rate(config: SAEConfig, steps: int) -> optax.Schedule:
     """Linear from 0 to the peak, level, then linear or as a cosine to 0."""
     rise, fall = share_of(config.warmup, steps), share_of(config.decay, steps)
     down = optax.linear_schedule if config.schedule == "linear" else _cosine
-    parts = [optax.linear_schedule(0, config.lr, rise), down(config.lr, 0, fall)]
+    up = optax.linear_schedule(0, config.lr, rise) if config.warmup else optax.constant_schedule(config.lr)
+    parts = [up, down(config.lr, 0, fall)]
     return optax.join_schedules(parts, [max(steps - fall, rise)]) if config.decay else parts[0]
 
 

@@ -84,7 +84,8 @@ class SAEConfig:
     resample: int = 0
     """Dead latents begin anew every so many tokens; 0 never."""
     ema: float = 0.0
-    """Decay of the average of weights that is kept as the result; 0 keeps the last weights."""
+    """Decay of the average of weights that is kept as the result; 0 keeps the last weights. Thresholds of BatchTopK are
+    still those of the last weights."""
     skip: bool = False
     """A linear map past the codes (transcoders)."""
     bf16: bool = False
@@ -107,6 +108,8 @@ class SAEConfig:
         for name in ("beta1", "beta2", "ema", "p_from"):
             if getattr(self, name) >= 1:
                 raise UserError(f"key `sae.{name}` is {getattr(self, name)}: give a number below 1")
+        if self.k_first and self.k_first < self.k:
+            raise UserError(f"key `sae.k_first` is {self.k_first:g}: it falls to sae.k, {self.k:g}: give more")
         if self.warmup + self.decay > 1:
             raise UserError(f"sae.warmup {self.warmup} and sae.decay {self.decay} are shares of the steps: at most 1")
         if self.sparsity == "topk" and (self.k != int(self.k) or self.k_first != int(self.k_first)):
@@ -127,6 +130,15 @@ class SAEConfig:
     @property
     def k_most(self) -> float:
         return max(self.k, self.k_first)
+
+
+USED_BY = {
+    "k": SELECTING, "k_first": SELECTING, "groups": ("matryoshka",), "l1": ("relu", "gated", "p_anneal"),
+    **dict.fromkeys(("p_end", "p_from", "p_steps"), ("p_anneal",)), "per_latent": ("batchtopk", "matryoshka"),
+    **dict.fromkeys(("l0", "penalty", "target_l0", "tanh_scale", "pre_act", "threshold", "bandwidth"), ("jumprelu",)),
+    "threshold_lr": ("jumprelu",), "aux": SELECTING, "k_aux": SELECTING,
+}  # fmt: skip
+"""Which kinds a setting is for, where not for all."""
 
 
 def _check_word(word: str, key: str, possible: tuple[str, ...]) -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from qsae_jax.errors import UserError
 from qsae_jax.mesh import born, kept, place
-from qsae_jax.sae.model import SAE, folded_norms, init_sae, unscaled, with_sparsity
+from qsae_jax.sae.model import SAE, folded_norms, init_sae, recentred, unscaled, with_sparsity
 from qsae_jax.sae.objective import Now, Seen, make_objective
 from qsae_jax.sae.optimize import averaged, exponent, moved, optimizer, sparsity_rise, unit_decoder
 from qsae_jax.sae.resample import resampled
@@ -128,10 +128,10 @@ def _from_before(sae: SAE, config: SAEConfig, scale: Array, scale_out: Array, tr
     if sae.norm is not None or sae.transcodes != transcodes:
         what = "normalises each token" if sae.norm is not None else "is a transcoder or else should be one"
         raise UserError(f"the dictionary to go on from {what}: start a new one, or give another")
-    sae = unscaled(sae, 1 / scale, 1 / scale_out)
+    sae = unscaled(recentred(sae, sae.centred and not transcodes), 1 / scale, 1 / scale_out)
     if config.unit:
         lengths = jnp.linalg.norm(sae.W_dec[...], axis=-1)
-        if isinstance(sae.sparsity, TopK) and jnp.any(jnp.abs(lengths - 1) > 1e-3):
+        if isinstance(sae.sparsity, TopK) and jnp.max(lengths) > 1.001 * jnp.min(lengths):
             # Folded into the codes they would change which of them are the largest.
             raise UserError("the dictionary to go on from has TopK codes and decoder rows of many lengths: "
                             "keep them with --set sae.unit_decoder=no")  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 
 from qsae_jax.errors import UserError
 from qsae_jax.mesh import make_mesh
+from qsae_jax.sae.model import unscaled
 from qsae_jax.sae.optimize import unit_decoder
 from qsae_jax.sae.settings import SAEConfig
 from qsae_jax.sae.sparsity import BatchTopK, JumpReLU, ReLU, TopK
@@ -139,3 +140,16 @@ def test_topk_rows_of_many_lengths_are_not_folded(make_sae, draw, mesh):
     for config, given in ((SAEConfig(k=3, unit_decoder="no"), sae), (SAEConfig(sparsity="p_anneal"), make_sae(ReLU()))):
         state = start(config, [x], 24, 9, 0, one, initial=given)
         np.testing.assert_allclose(state.scale * state.sae(x / state.scale), given(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_centred_transcoder_is_gone_on_with(make_sae, draw, mesh):
+    """dictionary_learning's take b_dec off an input of another scale than what they write: the same function before the
+    first step. Control: b_dec left where it is would not be."""
+    x, y, one = jnp.asarray(3 * draw(7, 32, 8) + 1), jnp.asarray(draw(8, 32, 8) / 5), mesh(1, 1)
+    sae = make_sae(ReLU())
+    sae.transcodes = True
+    state = start(SAEConfig(sparsity="relu"), [x], 24, 9, 0, one, target=[y], initial=sae)
+    assert not state.sae.centred and sae.centred
+    np.testing.assert_allclose(state.scale_out * state.sae(x / state.scale), sae(x), rtol=1e-4, atol=1e-4)
+    wrong = unscaled(sae, 1 / state.scale, 1 / state.scale_out)
+    assert not np.allclose(state.scale_out * wrong(x / state.scale), sae(x), rtol=1e-2, atol=1e-2)

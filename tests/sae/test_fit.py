@@ -215,14 +215,14 @@ def test_a_second_point_makes_transcoders(tmp_path, mesh, stop_after):
 def test_twins_joined_make_a_crosscoder(tmp_path, mesh, stop_after):
     """It reads both twins side by side, as many latents as one twin's width asks for; each twin is scaled by itself.
     Control: the dictionary of one twin."""
-    made = fit(stop_after(Rows(mesh(1, 1)), 99), {"c": Job("fp+int4")}, CONFIG, 4 * BATCH, tmp_path)["c"]
+    made = fit(stop_after(Rows(mesh(1, 1)), 99), {"c": Job("fp", beside=("int4",))}, CONFIG, 4 * BATCH, tmp_path)["c"]
     assert (made.d, made.d_out, made.latents) == (2 * D, 2 * D, 2 * D)
     x = Rows(mesh(1, 1)).at(0, 32)
     both = jnp.concatenate([x["fp"], x["int4"]], axis=-1)
     error = np.asarray(made(both) - both)
     assert (error**2).sum() < ((np.asarray(both) - np.asarray(both).mean(0)) ** 2).sum()
     with pytest.raises(UserError, match="`int3` in the stream"):
-        fit(Rows(mesh(1, 1)), {"c": Job("fp+int3")}, CONFIG, 4 * BATCH, tmp_path / "x")
+        fit(Rows(mesh(1, 1)), {"c": Job("fp", beside=("int3",))}, CONFIG, 4 * BATCH, tmp_path / "x")
 
 
 def test_jobs_of_other_settings_share_a_stream(tmp_path, params, train):
@@ -246,5 +246,5 @@ def test_a_dictionary_is_gone_on_with(tmp_path, params, train, stop_after, mesh)
     for name, ours in params(after).items():
         np.testing.assert_allclose(ours, params(before)[name], rtol=1e-4, atol=1e-5)
     assert not np.allclose(params(new)["W_dec"], params(before)["W_dec"], atol=1e-3)
-    with pytest.raises(UserError, match=f"has width {D}"):
-        fit(Rows(mesh(1, 1)), {"fp": Job("fp+int4")}, still, BATCH, tmp_path / "d", initial={"fp": before})
+    with pytest.raises(UserError, match=f"widths {D} and {D}, the activations have {2 * D}"):
+        fit(Rows(mesh(1, 1)), {"fp": Job("fp", beside=("int4",))}, still, BATCH, tmp_path / "d", initial={"fp": before})

@@ -28,7 +28,7 @@ from qsae_jax.files import read_json, write_json
 from qsae_jax.sae.formats import stored
 from qsae_jax.sae.formats.pickled import read_tensors, write_tensors
 from qsae_jax.sae.formats.stored import Arrays, Stored
-from qsae_jax.sae.model import SAE, folded_norms
+from qsae_jax.sae.model import SAE, folded_norms, recentred
 from qsae_jax.sae.sparsity import ReLU, Sparsity
 
 LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight"}
@@ -131,7 +131,7 @@ def write(sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> None:
     stored.refuse_to_write(sae, "dictionary_learning")
     kind = {"relu": "AutoEncoder" if sae.centred else "AutoEncoderNew", "gated": "GatedAutoEncoder",
             "topk": "AutoEncoderTopK", "jumprelu": "JumpReluAutoEncoder"}[sae.sparsity.name]  # fmt: skip
-    arrays = stored.arrays_of(stored.recentred(sae, kind not in UNCENTRED))
+    arrays = stored.arrays_of(recentred(sae, kind not in UNCENTRED))
     if k := getattr(sae.sparsity, "k", None):
         arrays |= {"k": np.asarray(k, np.int32), "threshold": np.asarray(-1, np.float32)}
     names = CLASSES[kind]

@@ -24,7 +24,7 @@ from qsae_jax.errors import UserError
 from qsae_jax.files import read_json
 from qsae_jax.sae.formats import stored
 from qsae_jax.sae.formats.stored import STANDARD, Arrays, Stored
-from qsae_jax.sae.model import SAE
+from qsae_jax.sae.model import SAE, recentred
 from qsae_jax.sae.sparsity import JumpReLU, ReLU
 
 NPZ, SAFETENSORS = "params.npz", "params.safetensors"
@@ -143,7 +143,7 @@ def write(sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> None:
     stored.refuse_to_write(sae, "gemma_scope", transcodes=True)
     if not isinstance(sae.sparsity, JumpReLU | ReLU):
         raise UserError(f"Gemma Scope holds JumpReLU dictionaries, this is `{sae.sparsity.name}`: write it as saelens")
-    arrays = stored.arrays_of(stored.recentred(sae, False))
+    arrays = stored.arrays_of(recentred(sae, False))
     arrays.setdefault("threshold", np.zeros(sae.latents, np.float32))
     with (folder / NPZ).open("wb") as file:
         np.savez(file, **{name: arrays[name] for name in (*STANDARD, "threshold")})  # pyright: ignore[reportArgumentType]

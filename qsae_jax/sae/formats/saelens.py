@@ -26,7 +26,7 @@ from qsae_jax.errors import UserError, nearest
 from qsae_jax.files import read_json, write_json
 from qsae_jax.sae.formats import stored
 from qsae_jax.sae.formats.stored import STANDARD, Arrays, Stored
-from qsae_jax.sae.model import NORMS, SAE
+from qsae_jax.sae.model import NORMS, SAE, recentred
 from qsae_jax.sae.sparsity import ReLU, Sparsity, TopK
 
 WEIGHTS = "sae_weights.safetensors"
@@ -203,7 +203,7 @@ def write(sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> None:
         kind += "transcoder" if sae.W_skip is None else "skip_transcoder"
         if kind not in ARRAYS:
             raise UserError(f"SAELens has no architecture `{kind}`: write a transcoder of ReLU or JumpReLU")
-        sae = stored.recentred(sae, False) if sae.d == sae.d_out else sae
+        sae = recentred(sae, False) if sae.d == sae.d_out else sae
     norm = next((name for name, norm in NORMS.items() if norm is sae.norm), "none")
     reshape = metadata.get("reshape_activations", "none")
     cfg = {

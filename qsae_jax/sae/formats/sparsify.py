@@ -23,7 +23,7 @@ from qsae_jax.errors import UserError
 from qsae_jax.files import read_json, write_json
 from qsae_jax.sae.formats import stored
 from qsae_jax.sae.formats.stored import Stored
-from qsae_jax.sae.model import SAE
+from qsae_jax.sae.model import SAE, recentred
 from qsae_jax.sae.sparsity import TopK
 
 WEIGHTS = "sae.safetensors"
@@ -76,7 +76,7 @@ def write(sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> None:
     stored.refuse_to_write(sae, "sparsify", skip=True, transcodes=True)
     if not isinstance(sae.sparsity, TopK) or sae.d != sae.d_out:
         raise UserError(f"sparsify holds TopK dictionaries of one width, this is `{sae.sparsity.name}`: use saelens")
-    arrays = stored.arrays_of(stored.recentred(sae, not sae.transcodes))
+    arrays = stored.arrays_of(recentred(sae, not sae.transcodes))
     arrays["W_enc"] = arrays["W_enc"].T
     if sae.W_skip is not None:
         arrays["W_skip"] = arrays["W_skip"].T

@@ -147,20 +147,6 @@ def norms_folded(arrays: Arrays) -> Arrays:
     return arrays | {"W_enc": arrays["W_enc"] * norms[None], "b_enc": arrays["b_enc"] * norms, "W_dec": rows}
 
 
-def recentred(sae: SAE, centred: bool) -> SAE:
-    """The same function with b_dec taken off the input, or not: the other biases make up for it, exactly."""
-    if sae.centred == centred:
-        return sae
-    moved = sae.b_dec[...] @ sae.W_enc * (1 if centred else -1)
-    b_enc, sparsity = sae.b_enc, sae.sparsity
-    if isinstance(sparsity, Gated):
-        r_mag = sparsity.r_mag[...]
-        sparsity = Gated(sparsity.b_gate[...] + moved, sparsity.b_mag[...] + moved * jnp.exp(r_mag), r_mag)
-    b_enc = None if b_enc is None else b_enc[...] + moved
-    skip = None if sae.W_skip is None else sae.W_skip[...]
-    return SAE(sparsity, sae.W_enc, b_enc, sae.W_dec[...], sae.b_dec[...], centred, skip, sae.norm, sae.transcodes)
-
-
 def arrays_of(sae: SAE) -> Arrays:
     """The parameters in float32, under SAELens's names, in our orientation."""
     found = {"W_enc": sae.W_enc, "W_dec": sae.W_dec[...], "b_dec": sae.b_dec[...]}

@@ -6,8 +6,7 @@ import pytest
 
 from qsae_jax.errors import UserError
 from qsae_jax.sae.formats import WRITERS, load_stored, save_sae
-from qsae_jax.sae.formats.stored import recentred
-from qsae_jax.sae.model import NORMS, SAE
+from qsae_jax.sae.model import NORMS, SAE, recentred
 from qsae_jax.sae.sparsity import BatchTopK, Gated, JumpReLU, ReLU, TopK
 
 from .conftest import K, arrays_of
