@@ -9,6 +9,8 @@ from qsae_jax import load_sae
 from qsae_jax.cli import main
 from qsae_jax.sae.formats import load_stored
 
+pytestmark = pytest.mark.slow
+
 POINT = "blocks.1.resid_post"
 
 
@@ -19,7 +21,8 @@ def train(tiny_folder, tiny_windows, tmp_path):
 
     def run(out, *more, schemes="fp,int4"):
         given = ["--model", str(tiny_folder), "--tokens", f"npy:{tmp_path / 'tokens.npy'}", "--point", POINT]
-        small = ["--set", "train.tokens=96", "--set", "train.batch=16", "--set", "sae.expansion=2"]
+        small = ["--set", "train.tokens=96", "--set", "train.batch=16"]
+        small += [] if "--from" in more else ["--set", "sae.expansion=2"]
         return main(["train", *given, "--schemes", schemes, *small, *more, "--out", str(tmp_path / out)])
 
     return run

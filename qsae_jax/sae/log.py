@@ -91,6 +91,7 @@ class Logs:
     """The writers of all dictionaries of one training."""
 
     def __init__(self, folder: Path, names: Sequence[str], tokens: int, kinds: Sequence[str] = ()):
+        check_kinds(kinds)
         self._folder = folder
         more = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
         self._writers: dict[str, list[Writer]] = {

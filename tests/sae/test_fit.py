@@ -18,6 +18,8 @@ from qsae_jax.sae.fit import Job, fit, forget_steps
 from qsae_jax.sae.settings import SAEConfig
 from qsae_jax.sae.train import make_step, start
 
+pytestmark = pytest.mark.slow
+
 D, BATCH, STEPS = 8, 16, 6
 CONFIG = SAEConfig(k=2, expansion=2, lr=0.013, warmup=0.25, decay=0.4, aux=0.37, dead_after=2 * BATCH)
 JOBS = {"fp": Job("fp"), "int4": Job("int4"), "fp-7": Job("fp", seed=7)}

@@ -26,13 +26,15 @@ SCHEDULE = SAEConfig(lr=0.7, warmup=0.13, decay=0.41, sparsity_warmup=0.3, p_fro
 @pytest.mark.parametrize("more", [{}, {"schedule": "cosine"}, {"decay": 0.0}, {"warmup": 0.0}], ids=str)
 def test_schedules_are_those_of_a_loop(more):
     """Learning rate, penalty and exponent at each of 30 steps, to 1e-6. Controls: one step later; a step without decay
-    falls nowhere; the first step of a rise has no learning rate, but some penalty."""
+    falls nowhere; the first step of a rise has no learning rate, but some penalty; without a rise it has all."""
     config, steps, at = replace(SCHEDULE, **more), 30, np.arange(30)
     ours = np.asarray([learning_rate(config, steps)(t) for t in at])
     right = np.array([trainer.learning_rate(config, steps, t) for t in at])
     right = right if config.decay else config.lr * np.minimum(at / 3, 1)
+    if not config.warmup:
+        right[0] = config.lr
     np.testing.assert_allclose(ours, right, rtol=1e-5, atol=1e-7)
-    assert not np.allclose(ours[1:], right[:-1], rtol=1e-3) and ours[0] == 0
+    assert not np.allclose(ours[1:], right[:-1], rtol=1e-3) and ours[0] == (0 if config.warmup else config.lr)
     rise = sparsity_rise(config, steps, jnp.asarray(at))
     np.testing.assert_allclose(rise, np.minimum((at + 1) / 9, 1), rtol=1e-6)
     p, made = exponent(config, steps, jnp.asarray(at))
@@ -56,7 +58,7 @@ def test_no_step_goes_along_a_unit_row(make_sae):
 def test_a_threshold_stops_at_zero_and_comes_back(make_sae):
     """A step that would take thresholds below 0 leaves them at 0, and the next one up is whole: the gradient is not
     cut. `threshold_lr` is theirs alone. Control: without the projection the second step would end lower."""
-    config = SAEConfig(sparsity="jumprelu", penalty="tanh", lr=0.1, threshold_lr=0.4, warmup=0, decay=0, beta1=0)
+    config = SAEConfig(sparsity="jumprelu", penalty="tanh", lr=0.1, threshold_lr=0.4, warmup=0.25, decay=0, beta1=0)
     sae: Any
     tx, sae = optimizer(config, 4), make_sae(JumpReLU(jnp.full(24, 0.3), 0.1))
     opt, seen = tx.init(sae), []

@@ -14,6 +14,8 @@ from qsae_jax.sae.train import make_step, short_rows, start
 from tests.sae.oracle import arrays_of
 from tests.sae.trainer import train, with_short_rows
 from tests.sae.trainings import (
+
+pytestmark = pytest.mark.slow
     ANNEAL,
     BATCHTOPK,
     CONFIGS,
