@@ -14,8 +14,6 @@ from qsae_jax.sae.train import make_step, short_rows, start
 from tests.sae.oracle import arrays_of
 from tests.sae.trainer import train, with_short_rows
 from tests.sae.trainings import (
-
-pytestmark = pytest.mark.slow
     ANNEAL,
     BATCHTOPK,
     CONFIGS,
@@ -45,6 +43,8 @@ FAULTS: dict[str, Any] = {
 
 def theirs(torch, config, **fault):
     first, shape = started(config), shape_of(config)
+
+pytestmark = pytest.mark.slow
     given = {"c": config, "steps": STEPS, "arrays": arrays_of(first.sae), "batches": batches(config)}
     given |= {"scales": [np.asarray(s, float) for s in (first.scale, first.scale_out)], "longest": float(first.longest)}
     return train(torch, **given | {"centred": not shape.transcodes, "twins": shape.twins} | fault)
