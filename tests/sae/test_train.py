@@ -32,6 +32,7 @@ from tests.sae.trainings import (
     trained,
 )  # fmt: skip
 
+pytestmark = pytest.mark.slow
 CLOSE: Any = {"rtol": 2e-4, "atol": 3e-5}
 """Float32 against float64 over nine steps that each move a weight by up to 0.013."""
 FAULTS: dict[str, Any] = {
@@ -43,8 +44,6 @@ FAULTS: dict[str, Any] = {
 
 def theirs(torch, config, **fault):
     first, shape = started(config), shape_of(config)
-
-pytestmark = pytest.mark.slow
     given = {"c": config, "steps": STEPS, "arrays": arrays_of(first.sae), "batches": batches(config)}
     given |= {"scales": [np.asarray(s, float) for s in (first.scale, first.scale_out)], "longest": float(first.longest)}
     return train(torch, **given | {"centred": not shape.transcodes, "twins": shape.twins} | fault)
