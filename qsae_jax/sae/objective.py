@@ -59,6 +59,21 @@ def make_objective(config: SAEConfig, fast: bool, twins: int = 1) -> Objective:
     return partial(dense[config.sparsity], config, product, twins)
 
 
+def with_auxk(config: SAEConfig, sae: SAE, x: Array, now: Now, seen: Seen, grads: SAE) -> tuple[Seen, SAE]:
+    """What an objective without AuxK saw, and its gradients, with AuxK added where a latent is dead. Beside the main
+    loss rather than in it: where none is dead, a branch of the loss would still hand on and add gradients of zeros as
+    large as the weights."""
+    product, k = in_bfloat16 if config.bf16 else matmul, min(config.k_aux or sae.d // 2, sae.latents)
+
+    def added(grads: SAE) -> tuple[Array, SAE]:
+        aux = jax.value_and_grad(lambda sae: loss.auxk(sae, x, seen.error, now.dead, k, product))
+        value, more = aux(sae)
+        return value, jax.tree.map(lambda one, other: one + config.aux * other, grads, more)
+
+    value, grads = jax.lax.cond(jnp.any(now.dead), added, lambda grads: (jnp.zeros(()), grads), grads)
+    return seen._replace(loss=seen.loss + config.aux * value, parts=seen.parts | {"aux": value}), grads
+
+
 def _outside(sae: SAE, x: Array) -> Array:
     """What is reconstructed without codes: `b_dec`, and the skip connection's part."""
     rest = sae.b_dec[...][None]

@@ -6,6 +6,7 @@ threshold is a running mean of the smallest codes that the batches kept, in floa
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from qsae_jax.errors import UserError
 from qsae_jax.mesh import born, kept, place
 from qsae_jax.sae.model import SAE, folded_norms, init_sae, recentred, unscaled, with_sparsity
-from qsae_jax.sae.objective import Now, Seen, make_objective
+from qsae_jax.sae.objective import Now, Seen, make_objective, with_auxk
 from qsae_jax.sae.optimize import averaged, exponent, moved, optimizer, sparsity_rise, unit_decoder
 from qsae_jax.sae.resample import resampled
 from qsae_jax.sae.scale import geometric_median, scale_of, scaled
@@ -149,7 +150,7 @@ def _from_before(sae: SAE, config: SAEConfig, scale: Array, scale_out: Array, tr
 def make_step(config: SAEConfig, steps: int, mesh: Mesh, twins: int = 1) -> Step:
     """The jitted step `(state, activations [b, d], targets) -> (state, metrics)`; the state given is consumed. Targets
     are left out where the dictionary reconstructs what it reads."""
-    objective = make_objective(config, mesh.shape["model"] == 1, twins)
+    objective = make_objective(replace(config, aux=0.0), mesh.shape["model"] == 1, twins)
     tx = optimizer(config, steps)
 
     def loss(sae: SAE, x: Array, y: Array, now: Now) -> tuple[Array, Seen]:
@@ -168,6 +169,8 @@ def make_step(config: SAEConfig, steps: int, mesh: Mesh, twins: int = 1) -> Step
         p, made = exponent(config, steps, state.step)
         now = Now(dead, sparsity_rise(config, steps, state.step), p, state.weight)
         (_, seen), grads = jax.value_and_grad(loss, has_aux=True)(state.sae, x, y, now)
+        if config.selects and config.aux:
+            seen, grads = with_auxk(config, state.sae, x, now, seen, grads)
         sae, opt = moved(config, tx, state.sae, grads, state.opt)
         silent = jnp.where(seen.fired > 0, 0, jnp.minimum(state.silent + len(x), LONG))
         if config.resample:
