@@ -62,7 +62,10 @@ def _places_of_largest(x: Float[Array, "c"], n: int) -> Int[Array, "n"]:
     """The places of the n largest positive values, in order; of those equal to the last one, the first."""
     cut = nth_largest(x, n, axis=None)
     above, equal = x > cut, (x == cut) & (x > 0)
-    return places(above | (equal & (jnp.cumsum(equal) <= n - jnp.sum(above))), n)
+    left = n - jnp.sum(above)
+    # Counting those that are equal is as much work as finding places, and there is seldom more than one.
+    some = jax.lax.cond(jnp.sum(equal) > left, lambda: equal & (jnp.cumsum(equal) <= left), lambda: equal)
+    return places(above | some, n)
 
 
 def largest(x: Float[Array, "..."], n: int) -> tuple[Float[Array, "n"], Int[Array, "n"]]:
