@@ -243,6 +243,7 @@ def test_layers_are_those_that_change(inputs, tmp_path, capsys, tiny_lm):
     assert "is found by perplexity" in refused([*given[:4], "prune~int4", "--out", str(tmp_path / "no")], capsys)
 
 
+@pytest.mark.slow
 def test_train_then_compare(inputs, tmp_path, capsys):
     """Dictionaries on fp and int4 from one command, judged by the next."""
     common = {key: inputs[key] for key in ("--model", "--tokens")}
@@ -294,6 +295,7 @@ expansion = 2
 """
 
 
+@pytest.mark.slow
 def test_a_study_is_reused_and_redone_where_it_changed(inputs, tmp_path, capsys):
     (tmp_path / "s.toml").write_text(STUDY.format(folder=tmp_path, tokens=400))
     argv = ["run", str(tmp_path / "s.toml"), "--out", str(tmp_path / "out")]

@@ -45,7 +45,7 @@ def test_a_step_keeps_the_shardings_and_compiles_once(shape):
     """Latents stay cut over `model` through three steps, for which one compilation serves."""
     mesh, config = make_mesh(*shape), SAEConfig(k=2, expansion=4, dead_after=8)
     x = on_data(np.random.default_rng(0).standard_normal((16, 8), np.float32), mesh)
-    state, step = start(config, x, 32, 4, 0, mesh), make_step(config, 4, mesh)
+    state, step = start(config, [x], 32, 4, 0, mesh), make_step(config, 4, mesh)
     before = [leaf.sharding for leaf in jax.tree.leaves(state)]
     for _ in range(3):
         state, _ = step(state, x)

@@ -96,6 +96,7 @@ def test_the_table_of_features(judged, tiny_lm, tmp_path):
     assert facts["tokens"] == tokens and [row["scheme"] for row in facts["rows"]] == SCHEMES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
 def test_a_mesh_gives_the_same_audit(shape, judged, tiny_lm, tiny_sae):
     """Weights cut over `model`, tokens over `data`: the numbers of one device within float32 sums."""

@@ -73,6 +73,7 @@ def test_the_match_is_real(name, tiny_lm, tiny_windows):
     assert one["tokens"] == 80 and one["tried"] <= TRIES
 
 
+@pytest.mark.slow
 def test_an_audit_with_matched_controls(tiny_lm, tiny_sae, tiny_windows):
     """The row keeps the name that was asked for and tells the control that was found; it is the audit of that control
     (1e-6). Notes say how near it came, and what sizes made of a scheme."""

@@ -77,6 +77,7 @@ def test_every_arm_equals_the_slow_computation(facts, tiny_lm, saes, tiny_window
     assert abs(other["fvu"] - facts["rows"][-1]["fvu"]["value"]) > 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
 def test_a_mesh_gives_the_same_comparison(shape, facts, tiny_lm, saes, tiny_windows):
     mesh = make_mesh(*shape)

@@ -163,11 +163,11 @@ def test_bfloat16_products_are_summed_in_float32(draw):
         assert not np.allclose(got, wrong, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_reaches_the_products_of_every_architecture():
+def test_bfloat16_reaches_the_products_of_lists_and_of_dense_codes():
     """A dictionary's loss moves when its operands are rounded, by less than a part in a hundred. Control: without the
     setting it is the same to the bit."""
     x = jnp.asarray(np.random.default_rng(3).standard_normal((16, 8), np.float32))
-    for kind in ("topk", "batchtopk", "relu", "jumprelu", "gated"):
+    for kind in ("topk", "relu"):
         config = SAEConfig(sparsity=kind, k=3, aux=0, threshold=0.1)
         rows = np.random.default_rng(4).standard_normal((24, 8), np.float32)
         bias = None if kind == "gated" else jnp.zeros(24)
