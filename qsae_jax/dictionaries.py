@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsae_jax.acts.stream import ActivationStream
-from qsae_jax.errors import UserError
-from qsae_jax.files import staged_file
+from qsae_jax.files import new_folder, staged_file
 from qsae_jax.sae.crosscoder import told_apart
 from qsae_jax.sae.fit import Job
 from qsae_jax.sae.formats import load_stored, save_sae
@@ -24,9 +23,7 @@ def info(given: Namespace) -> None:
 
 
 def convert(given: Namespace) -> None:
-    out = Path(given.out)
-    if out.resolve() == Path.cwd() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise UserError(f"`{out}` is there already and not a new or empty folder: choose another --out")
+    out = new_folder(Path(given.out))
     stored = load_stored(given.source)
     save_sae(stored.sae, out, stored.metadata | {"converted_from": f"{given.source} ({stored.format})"}, given.to)
     print(f"{out}: {given.to}, from {stored.format}")

@@ -100,3 +100,10 @@ def make_folder(folder: Path) -> Path:
     if not os.access(folder, os.W_OK):
         raise UserError(f"the folder `{folder}` is not writable: choose another with --out")
     return folder
+
+
+def new_folder(folder: Path) -> Path:
+    """The folder's path, when nothing lies there that would be replaced."""
+    if folder.resolve() == Path.cwd() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise UserError(f"`{folder}` is there already and not a new or empty folder: choose another --out")
+    return folder

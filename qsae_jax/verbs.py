@@ -10,7 +10,7 @@ from qsae_jax.audit.run import audit as run_audit
 from qsae_jax.compare.transfer import compare as run_compare
 from qsae_jax.dictionaries import tell_apart
 from qsae_jax.errors import UserError
-from qsae_jax.files import make_folder, read_json, write_json
+from qsae_jax.files import make_folder, new_folder, read_json, write_json
 from qsae_jax.jobs import plan_jobs
 from qsae_jax.lm.draw import drawing
 from qsae_jax.lm.load import load_config, load_lm, stored_as
@@ -119,9 +119,7 @@ def compare(given: Namespace, command: str) -> None:
 
 def quantize(given: Namespace, command: str) -> None:
     scheme = parse_scheme(given.scheme).within(given.layers)
-    out = Path(given.out)
-    if out.resolve() == Path.cwd() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise UserError(f"`{out}` is there already and not a new or empty folder: choose another --out")
+    out = new_folder(Path(given.out))
     lm = load_lm(given.model)
     for note in departures(lm, scheme):
         print(f"note: {note}")

@@ -9,7 +9,7 @@ import numpy as np
 from qsae_jax.sae.formats import Stored, load_stored
 from qsae_jax.sae.formats.sources import find
 from qsae_jax.sae.formats.stored import arrays_of, read_safetensors
-from qsae_jax.sae.sparsity import BatchTopK, JumpReLU, TopK
+from qsae_jax.sae.sparsity import JumpReLU, TopK
 
 ORIGIN = ("model_name", "hook_name", "hook_name_out", "quantization", "dataset_path", "context_size", "prepend_bos")
 NEVER = 1e-9
@@ -42,7 +42,7 @@ def architecture(stored: Stored) -> str:
     """As in `topk (k 32), transcoder with a skip connection`."""
     sae = stored.sae
     said = sae.sparsity.name
-    if isinstance(sae.sparsity, TopK | BatchTopK):
+    if isinstance(sae.sparsity, TopK):
         said += f" (k {sae.sparsity.k})"
     said += ", transcoder" if sae.transcodes else ""
     return said + (" with a skip connection" if sae.W_skip is not None else "")

@@ -41,9 +41,8 @@ def test_a_training_without_numbers_stops(tmp_path):
 
 
 def test_tensorboard_has_the_scalars(tmp_path):
-    """Event files of each dictionary, read back record by record: tag, tokens and value."""
+    """Event files of each dictionary, read back record by record (length, crc, bytes, crc): tag, tokens and value."""
     from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import RecordWriter  # noqa: F401  # the format: length, crc, bytes, crc
 
     logs = Logs(tmp_path, ["fp"], 0, ["tensorboard"])
     logs.take(10, {"fp": metrics(0.25)}, 9)
