@@ -1,7 +1,7 @@
 """Whether dictionaries trained here are as good as those of SAELens and dictionary_learning, on the same activations.
 
     make peers      # once: the environment of the PyTorch tools
-    .venv/bin/python experiments/quality_sae.py [--tokens 98304] [--epochs 2] [--seeds 3] [--out runs/quality_sae]
+    .venv/bin/python experiments/quality_sae.py [--source made] [--tokens 196608] [--seeds 3]
 
 Two sources: SmolLM2 at blocks.8.resid_post (TopK and BatchTopK, 2,304 latents, k 32), and a made-up one whose
 directions are known (d 64, 128 directions, 4 a token, 256 latents). Width, k, batch, tokens and their order are the
@@ -31,9 +31,13 @@ from qsae_jax.sae.train import finished, make_step, start
 
 ROOT = Path(__file__).parents[1]
 POINT = Point(8, "resid_post")
-RATES = {"ours": (1e-3, 3e-3), "saelens": (3e-4, 1e-3, 3e-3), "dictionary_learning": (0.0, 1e-3, 3e-3)}
+RATES = {
+    "ours": (1e-3, 3e-3, 6e-3),
+    "saelens": (3e-4, 1e-3, 3e-3, 6e-3),
+    "dictionary_learning": (0.0, 1e-3, 3e-3, 6e-3),
+}
 """0 is the library's own rule: 2e-4 / sqrt(m / 2^14)."""
-MADE_RATES = {lib: (*rates, 1e-2) for lib, rates in RATES.items()}
+MADE_RATES = {lib: (*rates, 1e-2, 3e-2) for lib, rates in RATES.items()}
 HELD = 16_384
 BATCH = 1024
 
@@ -121,20 +125,19 @@ def one(lib: str, kind: str, work: Path, latents: int, k: int, seed: int, lr: fl
 
 def main() -> None:
     asked = argparse.ArgumentParser()
-    asked.add_argument("--tokens", type=int, default=98_304)
-    asked.add_argument("--epochs", type=int, default=2)
+    asked.add_argument("--tokens", type=int, default=196_608, help="to train on; a source's windows begin again")
     asked.add_argument("--seeds", type=int, default=3)
     asked.add_argument("--source", choices=("model", "made"), default="model")
     asked.add_argument("--out", type=Path, default=ROOT / "runs" / "quality_sae")
     asked.add_argument("--python", type=Path, default=ROOT / ".venv-peers" / "bin" / "python")
     given = asked.parse_args()
-    work = given.out / given.source
+    work = given.out / f"{given.source}-{given.tokens}"
     work.mkdir(parents=True, exist_ok=True)
     latents, k = (2304, 32) if given.source == "model" else (256, 4)
     if given.source == "model":
-        model_rows(work, given.tokens * given.epochs)
+        model_rows(work, given.tokens)
     else:
-        made_rows(work, given.tokens * given.epochs)
+        made_rows(work, given.tokens)
     table, best = {}, {}
     for kind in ("topk", "batchtopk"):
         for lib, rates in (RATES if given.source == "model" else MADE_RATES).items():

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Float
+from numpy.typing import ArrayLike
 from scipy.stats import norm, t
 
 Sums = dict[str, np.ndarray]
@@ -54,6 +56,23 @@ class Interval:
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
+def resamples(n: int, draws: int = 1000, seed: int = 0) -> Float[np.ndarray, "draws n"]:
+    """How often each of n groups is drawn in each resample with replacement (Efron 1979)."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
+
+
+def percentile(value: float, drawn: ArrayLike, n: int, level: float = 0.95) -> Interval:
+    """The interval of a value from what resamples of n groups gave.
+
+    The percentiles are spread as a t-interval's would be (Hesterberg 2015, "What teachers should know about the
+    bootstrap", section 4.5: the expanded percentile interval), because plain ones are too narrow for few groups: at
+    8 they hold the mean of normal numbers in 86 % of the trials, not 95. One group gives no interval, only NaN."""
+    if n < 2:
+        return Interval(float(value), np.nan, np.nan)
+    tail = norm.cdf(-np.sqrt(n / (n - 1)) * t.ppf((1 + level) / 2, n - 1))
+    return Interval(float(value), *map(float, np.quantile(drawn, [tail, 1 - tail])))
+
+
 def bootstrap(
     statistics: Mapping[str, Callable[[Sums], float]],
     groups: Sums,
@@ -61,29 +80,18 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Percentile intervals of statistics of sums, resampling groups of windows with replacement (Efron 1979).
-
-    The percentiles are spread as a t-interval's would be (Hesterberg 2015, "What teachers should know about the
-    bootstrap", section 4.5: the expanded percentile interval), because plain ones are too narrow for few groups: at
-    8 they hold the mean of normal numbers in 86 % of the trials, not 95. One group gives no interval, only NaN.
+    """Percentile intervals of statistics of sums, resampling groups of windows with replacement.
 
     `groups` maps a name to per-group sums `[groups, ...]`; a statistic sees the sums of a resample. All statistics
     see the same resamples, so a difference taken inside one of them is paired."""
     n = len(next(iter(groups.values())))
     whole = {name: g.sum(0) for name, g in groups.items()}
-    if n < 2:
-        return {name: Interval(float(f(whole)), np.nan, np.nan) for name, f in statistics.items()}
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
     drawn: dict[str, list[float]] = {name: [] for name in statistics}
-    for count in counts:
+    for count in resamples(n, draws if n > 1 else 0, seed):
         sums = {name: np.tensordot(count, g, axes=1) for name, g in groups.items()}
         for name, statistic in statistics.items():
             drawn[name].append(float(statistic(sums)))
-    tail = norm.cdf(-np.sqrt(n / (n - 1)) * t.ppf((1 + level) / 2, n - 1))
-    ends = [tail, 1 - tail]
-    return {
-        name: Interval(float(f(whole)), *map(float, np.quantile(drawn[name], ends))) for name, f in statistics.items()
-    }
+    return {name: percentile(f(whole), drawn[name], n, level) for name, f in statistics.items()}
 
 
 def jackknife(
