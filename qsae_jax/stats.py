@@ -70,7 +70,8 @@ def percentile(value: float, drawn: ArrayLike, n: int, level: float = 0.95) -> I
     if n < 2:
         return Interval(float(value), np.nan, np.nan)
     tail = norm.cdf(-np.sqrt(n / (n - 1)) * t.ppf((1 + level) / 2, n - 1))
-    return Interval(float(value), *map(float, np.quantile(drawn, [tail, 1 - tail])))
+    low, high = np.quantile(np.asarray(drawn), [tail, 1 - tail])
+    return Interval(float(value), float(low), float(high))
 
 
 def bootstrap(
