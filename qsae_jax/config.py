@@ -58,6 +58,11 @@ def _converted(hint: Any, value: Any, name: str) -> Any:
         if not isinstance(value, list):
             raise UserError(f"key `{name}` is {value!r}, expected a list")
         return tuple(_converted(typing.get_args(hint)[0], item, name) for item in value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"key `{name}` is {value!r}, expected a table of keys")
+        inner = typing.get_args(hint)[1]
+        return {key: _converted(inner, item, f"{name}.{key}") for key, item in value.items()}
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None

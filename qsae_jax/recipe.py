@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from qsae_jax.audit.protocols import Protocol, check_distinct
 from qsae_jax.config import build, check_at_least, read_toml, with_settings
 from qsae_jax.errors import UserError
 from qsae_jax.lm.process import check_processing
@@ -63,6 +64,42 @@ class TrainTwiceConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class CloserConfig:
+    """Single features, looked at more closely under one scheme."""
+
+    scheme: str = ""
+    """Empty: the quantizer that leaves the fewest features."""
+    features: int = 0
+    """How many; 0 leaves this out."""
+    tokens: int = 4096
+    """The first of the audit's."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "contexts/act: ", features=0, tokens=1)
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Who survives: predicted from what full precision alone knows of a feature."""
+
+    schemes: tuple[str, ...] = ()
+    """For which schemes of the audit; none leaves this out."""
+    others: tuple[str, ...] = ()
+    """Folders of other audits (another model, layer or dictionary) that the predictor is carried over to and from."""
+
+
+@dataclass(frozen=True)
+class ExpectedConfig:
+    """What somebody published, to be shown beside what is found."""
+
+    source: str = ""
+    rows: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Scheme -> a number of its row -> its value; `fp` for full precision."""
+    within: dict[str, float] = field(default_factory=dict)
+    """How far a number may be off: relative for `ppl`, else absolute."""
+
+
+@dataclass(frozen=True)
 class Study:
     """Everything that decides the numbers of a run."""
 
@@ -77,6 +114,20 @@ class Study:
     tokens: TokensConfig = field(default_factory=TokensConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
     train: TrainTwiceConfig = field(default_factory=TrainTwiceConfig)
+    at: dict[str, str] = field(default_factory=dict)
+    """Dictionaries at other points, judged in the same passes: point -> what `qsae sae info` takes."""
+    errors_at: tuple[str, ...] = ()
+    """Points where only the error of the activations is measured; braces are several."""
+    match: int = 0
+    """Tokens on which the strengths of matched controls are found; 0: all of the audit's."""
+    perplexity: tuple[Protocol, ...] = ()
+    """Protocols of perplexity beside the audit's own."""
+    predict: PredictConfig = field(default_factory=PredictConfig)
+    contexts: CloserConfig = field(default_factory=CloserConfig)
+    """The texts of the most damaged features."""
+    act: CloserConfig = field(default_factory=CloserConfig)
+    """Whether features still act: ablated and steered in both models."""
+    expected: ExpectedConfig = field(default_factory=ExpectedConfig)
     processing: str = "none"
     """What is done to the weights after loading: `none`, or `transformer_lens`, as many published SAEs read them."""
     batch: int = 0
@@ -90,6 +141,9 @@ class Study:
             raise UserError(
                 f"key `tokens.compare` is {self.tokens.compare}: give at most tokens.audit, {self.tokens.audit}"
             )
+        check_distinct(self.perplexity)
+        if self.at and not self.dictionary:
+            raise UserError("key `at` names dictionaries at other points: name one for `point` too, with `dictionary`")
         if self.sae.skip:
             raise UserError("key `sae.skip` is for transcoders, which `qsae train --target` makes: leave it out")
         if self.dictionary and self.compare:

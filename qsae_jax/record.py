@@ -107,11 +107,20 @@ def described(command: str, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def stamp(source: str) -> list[Any]:
-    """What changes when the files behind a source do: names, sizes and times; for `stdlib-docs` the Python."""
-    if source == "stdlib-docs":
-        return [platform.python_version()]
+def stamp_tokens(source: str) -> list[Any]:
+    """What changes when the text behind a token source does; for `stdlib-docs` the Python. A dataset of the hub is
+    taken as it was read first."""
     kind, _, rest = source.partition(":")
-    path = Path(rest) if kind in ("text", "npy") else fetch(source)
+    if kind in ("text", "npy"):
+        return _stamps(Path(rest))
+    return [platform.python_version()] if source == "stdlib-docs" else []
+
+
+def stamp(source: str) -> list[Any]:
+    """What changes when the files behind a model or a dictionary do: names, sizes and times."""
+    return _stamps(fetch(source))
+
+
+def _stamps(path: Path) -> list[Any]:
     files = [path] if path.is_file() else sorted(path.glob("*"))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]

@@ -30,7 +30,36 @@ class Totals:
         return self.sums[name]
 
 
-def pearson(n: float, x: np.ndarray, y: np.ndarray, xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> np.ndarray:
+GROUPS = 64
+"""Windows are added up in at most so many runs of consecutive ones: what a bootstrap draws, and all that is kept.
+Consecutive windows are of the same document or of neighbours, so that a resample takes or leaves whole documents but
+for those that are cut at a run's ends (a block bootstrap, Kuensch 1989)."""
+
+
+def group_of(windows: np.ndarray, total: int) -> np.ndarray:
+    """The group of each window, by its place among all of them."""
+    return np.minimum(windows, total - 1) * min(GROUPS, total) // total
+
+
+@dataclass
+class Grouped:
+    """Named sums `[groups, ...]`, added up in float64."""
+
+    groups: int
+    sums: Sums = field(default_factory=dict)
+
+    def add(self, at: np.ndarray, **values: object) -> None:
+        """Values `[n, ...]` of n windows, or partial groups of them, to the groups `at [n]`."""
+        for name, value in values.items():
+            value = np.asarray(value, np.float64)
+            if name not in self.sums:
+                self.sums[name] = np.zeros((self.groups, *value.shape[1:]))
+            np.add.at(self.sums[name], at, value)
+
+
+def pearson(
+    n: float | np.ndarray, x: np.ndarray, y: np.ndarray, xx: np.ndarray, yy: np.ndarray, xy: np.ndarray
+) -> np.ndarray:
     """Pearson r from sums about any common shift: n, sum x, sum y, sum x^2, sum y^2, sum xy.
 
     Two constants that are equal in every token correlate perfectly in no defined sense: r is NaN where either has

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from qsae_jax import questions
 from qsae_jax.acts.stream import ActivationStream
 from qsae_jax.acts.tokens import Windows, load_windows
-from qsae_jax.audit.run import audit
+from qsae_jax.audit.run import audits
 from qsae_jax.compare.transfer import compare
-from qsae_jax.config import as_tables
+from qsae_jax.config import as_tables, expanded
 from qsae_jax.errors import UserError
 from qsae_jax.files import make_folder, read_json, staged_file, write_json
 from qsae_jax.lm.load import load_lm
@@ -32,10 +33,10 @@ from qsae_jax.progress import progress
 from qsae_jax.quant.fake import departures, fake_quantize
 from qsae_jax.quant.scheme import parse_scheme, parse_schemes
 from qsae_jax.recipe import Study
-from qsae_jax.record import described, differences, learned, notes_on, origin, stamp
+from qsae_jax.record import described, differences, learned, notes_on, origin, stamp, stamp_tokens
 from qsae_jax.report import write_report
 from qsae_jax.sae.fit import Job, fit, forget_steps
-from qsae_jax.sae.formats import FILES, load_sae, load_stored, save_sae
+from qsae_jax.sae.formats import FILES, Stored, load_sae, load_stored, save_sae
 from qsae_jax.sae.formats.sources import find
 from qsae_jax.sae.model import SAE
 
@@ -84,7 +85,7 @@ class Stages:
 
     def all(self) -> Path:
         s, t = self.study, self.study.tokens
-        tokens = [s.model, stamp(s.model), t.source, stamp(t.source), t.seq, t.bos, version("qsae-jax")]
+        tokens = [s.model, stamp(s.model), t.source, stamp_tokens(t.source), t.seq, t.bos, version("qsae-jax")]
         training = [
             *tokens,
             s.processing,
@@ -98,16 +99,43 @@ class Stages:
         ]
         self._stage("tokens", tokens, ["tokens.npy", "tokens.json"], self._tokens)
         if s.dictionary:
-            training += [s.dictionary, stamp(str(find(s.dictionary).folder))]
+            training += [[one, stamp(str(find(one).folder))] for one in (s.dictionary, *s.at.values())]
         else:
             files = [f"saes/{name}/{file}" for name in self.jobs for file in FILES]
             self._stage("train", training, files, self._train)
-        self._stage("audit", [*training, s.schemes], ["audit.json", "features.parquet"], self._audit)
+        audited = [*training, s.schemes, s.at, s.errors_at, s.match]
+        self._stage("audit", audited, ["audit.json", "features.parquet"], self._audit)
+        self._questions(audited)
         if self.scheme:
             self._stage("compare", [*training, t.compare], ["compare.json"], self._compare)
         else:  # An earlier study's may lie here, and the page would tell it.
             (self.out / "compare.json").unlink(missing_ok=True)
         return write_report(self.out)
+
+    def _questions(self, audited: list[Any]) -> None:
+        """What is asked beyond the audit; the answers of an earlier study are taken away."""
+        s, folder = self.study, self.out
+        asked: dict[str, tuple[Any, Callable[[], Any]]] = {
+            "perplexity": (s.perplexity, lambda: questions.by_protocol(s, self.lm, folder, self.mesh)),
+            "predict": (s.predict.schemes, lambda: questions.who_survives(s, folder, self._main().sae)),
+            "contexts": (s.contexts.features, lambda: self._closer("contexts")),
+            "act": (s.act.features, lambda: self._closer("act")),
+        }
+        for name, (wanted, answer) in asked.items():
+            file = folder / f"{name}.json"
+            if wanted:
+                depends = [*audited, as_tables(s)[name]]
+                self._stage(name, depends, [file.name], lambda file=file, answer=answer: write_json(file, answer()))
+            else:
+                file.unlink(missing_ok=True)
+
+    def _closer(self, what: str) -> dict[str, Any]:
+        windows = self._held_out(self.study.tokens.audit)
+        return questions.closer(self.study, self.lm, self._main().sae, windows, self.out, self.mesh, what)
+
+    def _main(self) -> Stored:
+        """The dictionary of the audit."""
+        return load_stored(self.study.dictionary or self.out / "saes" / "fp", self.mesh)
 
     def _record(self) -> dict[str, Any]:
         file = self.out / "run.json"
@@ -173,18 +201,28 @@ class Stages:
         return load_sae(self.out / "saes" / name, self.mesh)
 
     def _audit(self) -> None:
+        s, windows = self.study, self._held_out(self.study.tokens.audit)
+        named = {s.point: s.dictionary or "saes/fp"} | s.at
+        stored = {point: load_stored(name, self.mesh) for point, name in s.at.items()} | {s.point: self._main()}
+        notes = [note for point, name in named.items() for note in self._notes(stored[point], name, point)]
+        errors = [name for one in s.errors_at for name in expanded(one)]
+        found = audits(self.lm, {point: stored[point].sae for point in named}, windows, self.schemes,
+                       skip_first=s.tokens.skip_first, batch=s.batch, mesh=self.mesh, errors_at=errors, match=s.match,
+                       facts=self.facts | {"notes": [*self.facts["notes"], *notes]})  # fmt: skip
+        for (point, judged), name in zip(found.items(), named.values(), strict=True):
+            judged.facts["sae"] = name
+            main = point == str(check_point(self.lm, s.point))
+            judged.write(self.out if main else make_folder(self.out / "at" / point))
+
+    def _notes(self, stored: Stored, name: str, point: str) -> list[str]:
+        """Where a given dictionary's own record differs from how it is used."""
         s = self.study
-        windows, folder = self._held_out(s.tokens.audit), s.dictionary or self.out / "saes" / "fp"
-        stored = load_stored(folder, self.mesh)
-        facts = self.facts | {"sae": s.dictionary or "saes/fp"}
-        if s.dictionary:
-            bos = None if s.tokens.source.startswith("npy:") else windows.bos
-            said = differences(stored.metadata, model=s.model, config=self.lm.config, point=s.point, scheme="fp",
-                               tokens=s.tokens.source, bos=bos)  # fmt: skip
-            facts["notes"] = [*facts["notes"], *(f"The dictionary {s.dictionary} {what}." for what in said)]
-        judged = audit(self.lm, stored.sae, windows, self.schemes, s.point, skip_first=s.tokens.skip_first,
-                       batch=s.batch, mesh=self.mesh, facts=facts)  # fmt: skip
-        judged.write(self.out)
+        if not s.dictionary:
+            return []
+        bos = None if s.tokens.source.startswith("npy:") else self.windows.bos
+        said = differences(stored.metadata, model=s.model, config=self.lm.config, point=point, scheme="fp",
+                           tokens=s.tokens.source, bos=bos)  # fmt: skip
+        return [f"The dictionary {name} {what}." for what in said]
 
     def _compare(self) -> None:
         s = self.study

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 
+from qsae_jax.acts import datasets
 from qsae_jax.errors import UserError
 from qsae_jax.lm.tokenizer import TextTokenizer
 
@@ -52,7 +53,8 @@ class Windows:
 
 
 def load_windows(source: str, tokenizer: TextTokenizer | None, seq: int, bos: str = "auto", vocab: int = 0) -> Windows:
-    """The windows of a token source: `text:FILE`, `npy:FILE` (taken exactly as it is) or `stdlib-docs`."""
+    """The windows of a token source: `text:FILE`, `npy:FILE` (taken exactly as it is), `stdlib-docs`, or a dataset of
+    the hub, `hf:DATASET[@REV][:CONFIG[:SPLIT]]`."""
     if bos not in BOS:
         raise UserError(f"--bos is `{bos}`: choose one of {', '.join(BOS)}")
     if source.startswith("npy:"):
@@ -61,8 +63,10 @@ def load_windows(source: str, tokenizer: TextTokenizer | None, seq: int, bos: st
         texts, name = stdlib_docs(), f"stdlib-docs of Python {platform.python_version()}"
     elif source.startswith("text:"):
         texts, name = [_read_text(Path(source.removeprefix("text:")))], source
+    elif source.startswith("hf:"):
+        texts, name = datasets.texts(source), source
     else:
-        raise UserError(f"token source `{source}` is unknown: give text:FILE, npy:FILE or stdlib-docs")
+        raise UserError(f"token source `{source}` is unknown: give text:FILE, npy:FILE, hf:DATASET or stdlib-docs")
     if tokenizer is None:
         raise UserError(f"token source `{source}` needs a tokenizer: give npy:FILE, or a model with one")
     first = tokenizer.bos_id if bos == "always" or (bos == "auto" and tokenizer.adds_bos) else None

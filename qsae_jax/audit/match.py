@@ -77,7 +77,7 @@ class Matching:
     def _perplexity(self, scheme: Scheme, stopped: Callable[[], bool]) -> float:
         name = str(scheme)
         if name not in self.found:
-            twin, losses = fake_quantize(self.lm, scheme), Losses(["fp"])
+            twin, losses = fake_quantize(self.lm, scheme), Losses(["fp"], len(self.windows))
             for ids, weight in in_order(self.windows, windows_per_forward(self.batch, self.windows, self.mesh)):
                 tokens = on_data(ids, self.mesh)
                 (final,) = activations(twin, (FINAL,), tokens)

@@ -7,13 +7,12 @@ positions; positions that statistics leave out keep their own activations.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from qsae_jax.acts.tokens import Windows, counted_rows, in_order, windows_per_forward
 from qsae_jax.errors import Interrupted
@@ -24,24 +23,7 @@ from qsae_jax.mesh import on_data
 from qsae_jax.progress import Advance
 from qsae_jax.sae.measure import fvu
 from qsae_jax.sae.model import SAE
-from qsae_jax.stats import Interval, Sums, bootstrap, jackknife
-
-GROUPS = 64
-"""Windows are added up in at most so many consecutive groups: what the bootstrap draws, and all that is kept."""
-
-
-@dataclass
-class Judged:
-    """The sums of one dictionary on one model, `[groups, ...]` each."""
-
-    sums: Sums = field(default_factory=dict)
-
-    def add(self, groups: Int[np.ndarray, "b"], **windows: np.ndarray) -> None:
-        for name, values in windows.items():
-            values = np.asarray(values, np.float64)
-            if name not in self.sums:
-                self.sums[name] = np.zeros((GROUPS, *values.shape[1:]))
-            np.add.at(self.sums[name], groups, values)
+from qsae_jax.stats import GROUPS, Grouped, Interval, Sums, bootstrap, group_of, jackknife
 
 
 @jax.jit
@@ -83,9 +65,9 @@ def judge(
     batch: int = 0,
     advance: Advance | None = None,
     stopped: Callable[[], bool] = lambda: False,
-) -> dict[str, Judged]:
+) -> dict[str, Grouped]:
     """Every dictionary on one model's activations, and spliced back into it, in one pass over the windows."""
-    judged = {name: Judged() for name in dictionaries}
+    judged = {name: Grouped(min(GROUPS, len(windows))) for name in dictionaries}
     skip = jnp.asarray(np.arange(windows.seq) < skip_first, jnp.float32)
     shift, seen = None, 0
     for ids, weight in in_order(windows, windows_per_forward(batch, windows, mesh)):
@@ -99,19 +81,17 @@ def judge(
             finals.append(jax.block_until_ready(resume(lm, point, tokens, y)))
             if stopped():
                 raise Interrupted("comparison stopped; nothing is written, the same command begins it again")
-        nll, kl = jax.device_get(token_losses([lm] * len(finals), finals, tokens))
+        nll, kl, _ = jax.device_get(token_losses([lm] * len(finals), finals, tokens))
         shared = jax.device_get(spread(x, skip, shift)) | {"clean": nll[0].sum(1, dtype=np.float64)}
         shared |= {"zero": nll[1].sum(1, dtype=np.float64), "kl_zero": kl[1].sum(1, dtype=np.float64)}
         real = int(weight.sum())
-        groups = (seen + np.arange(real)) * min(GROUPS, len(windows)) // len(windows)
+        groups = group_of(seen + np.arange(real), len(windows))
         for i, (name, (_, own)) in enumerate(spliced.items(), start=2):
             sums = shared | jax.device_get(own) | {"spliced": nll[i].sum(1), "kl_spliced": kl[i].sum(1)}
             judged[name].add(groups, **{key: value[:real] for key, value in sums.items()})
         seen += real
         if advance:
             advance(real * windows.seq)
-    for one in judged.values():
-        one.sums = {name: value[: min(GROUPS, len(windows))] for name, value in one.sums.items()}
     return judged
 
 

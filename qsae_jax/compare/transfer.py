@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qsae_jax.acts.tokens import Windows, check_windows
-from qsae_jax.compare.fidelity import MEASURES, Judged, intervals, judge
+from qsae_jax.compare.fidelity import MEASURES, intervals, judge
 from qsae_jax.compare.match import match
 from qsae_jax.errors import UserError
 from qsae_jax.files import write_json
@@ -35,7 +35,7 @@ from qsae_jax.progress import progress, stop_signal
 from qsae_jax.quant.fake import fake_quantize
 from qsae_jax.quant.scheme import Scheme, parse_scheme
 from qsae_jax.sae.model import SAE, check_width
-from qsae_jax.stats import Interval, Sums, bootstrap
+from qsae_jax.stats import Grouped, Interval, Sums, bootstrap
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ def _home(name: str, scheme: str) -> str:
     return scheme if name == "retrained" else "fp"
 
 
-def _alive(judged: Judged) -> np.ndarray:
+def _alive(judged: Grouped) -> np.ndarray:
     return judged.sums["fired"].sum(0) > 0
 
 
-def _rows(judged: Mapping[str, Mapping[str, Judged]], scheme: str) -> list[dict[str, Any]]:
+def _rows(judged: Mapping[str, Mapping[str, Grouped]], scheme: str) -> list[dict[str, Any]]:
     rows = []
     for judged_on, dictionaries in judged.items():
         for name, one in dictionaries.items():
@@ -116,7 +116,7 @@ def _matching(saes: Mapping[str, SAE], alive: Mapping[str, np.ndarray]) -> dict[
     return {name: {"value": value[name], "floor": floor[name]} for name in value}
 
 
-def _difference(one: Judged, other: Judged, name: str) -> Interval:
+def _difference(one: Grouped, other: Grouped, name: str) -> Interval:
     """A measure of one dictionary minus that of another, with groups drawn together."""
     both = {f"a.{k}": v for k, v in one.sums.items()} | {f"b.{k}": v for k, v in other.sums.items()}
 
@@ -127,7 +127,7 @@ def _difference(one: Judged, other: Judged, name: str) -> Interval:
     return bootstrap({name: gap}, both)[name]
 
 
-def verdict(judged: Mapping[str, Mapping[str, Judged]], scheme: str) -> dict[str, Any]:
+def verdict(judged: Mapping[str, Mapping[str, Grouped]], scheme: str) -> dict[str, Any]:
     """keep, adapt or retrain, by the rule in this module's docstring."""
     there, home = judged[scheme], judged["fp"]
     gap = _difference(there["sae"], there["retrained"], "fvu")

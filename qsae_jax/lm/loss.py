@@ -1,10 +1,11 @@
-"""Loss and KL of every predicted token, computed in chunks of rows: the `[tokens, vocab]` logits never exist whole.
+"""Loss, KL and agreement of every predicted token, in chunks of rows: the `[tokens, vocab]` logits never exist whole.
 
 128 rows of logits stay in a CPU's cache and are enough for a full-speed product (2 cores: 644 ms for 2,048 tokens
 of a 49,152-word vocabulary, which is the product alone; 1,219 ms when the logits are written out).
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,20 @@ from qsae_jax.mesh import from_chunks, in_chunks
 CHUNK = 128
 
 
+class TokenLosses(NamedTuple):
+    """For each model, `[b, p]` of the p = s - 1 predicted tokens of each window. The first model is the reference."""
+
+    nll: list[Float32[Array, "b p"]]
+    """Loss, nats."""
+    kl: list[Float32[Array, "b p"]]
+    """KL(first, model) of the next-token distributions."""
+    agree: list[Float32[Array, "b p"]]
+    """1 where the model's most likely token is the first model's, else 0."""
+
+
 @jax.jit
-def token_losses(
-    lms: Sequence[LM], finals: Sequence[Float[Array, "b s d"]], tokens: Int[Array, "b s"]
-) -> tuple[list[Float32[Array, "b p"]], list[Float32[Array, "b p"]]]:
-    """For each model, from its activations at `final`: the loss of every predicted token (nats, p = s - 1), and
-    KL(first, model) of the next-token distributions at the same positions. The first model is the reference."""
+def token_losses(lms: Sequence[LM], finals: Sequence[Float[Array, "b s d"]], tokens: Int[Array, "b s"]) -> TokenLosses:
+    """What each model makes of the tokens, from its activations at `final`."""
     b, s, _ = finals[0].shape
     n = b * (s - 1)
     chunk = min(CHUNK, n)
@@ -30,7 +39,7 @@ def token_losses(
         x = x.reshape(n, *x.shape[2:])
         return in_chunks(jnp.concatenate([x, jnp.repeat(x[:1], -n % chunk, axis=0)]), chunk)
 
-    def one(group: tuple[tuple[Array, ...], Array]) -> tuple[list[Array], list[Array]]:
+    def one(group: tuple[tuple[Array, ...], Array]) -> TokenLosses:
         hidden, targets = group
         logits = [lm.unembed(h) for lm, h in zip(lms, hidden, strict=True)]
         totals = [jax.nn.logsumexp(x, axis=-1) for x in logits]
@@ -41,9 +50,10 @@ def token_losses(
             jnp.sum(p * (logits[0] - x), axis=-1) + t - totals[0] for x, t in zip(logits[1:], totals[1:], strict=True)
         ]
         kl = [jnp.zeros_like(totals[0]), *kl]
-        return [t - c for t, c in zip(totals, chosen, strict=True)], kl
+        best = [jnp.argmax(x, axis=-1) for x in logits]
+        agree = [(b == best[0]).astype(jnp.float32) for b in best]
+        return TokenLosses([t - c for t, c in zip(totals, chosen, strict=True)], kl, agree)
 
     hidden = tuple(rows(x[:, :-1]) for x in finals)
-    nll, kl = jax.lax.map(one, (hidden, rows(tokens[:, 1:])))
-    back = [[from_chunks(x)[:n].reshape(b, s - 1) for x in many] for many in (nll, kl)]
-    return back[0], back[1]
+    found = jax.lax.map(one, (hidden, rows(tokens[:, 1:])))
+    return jax.tree.map(lambda x: from_chunks(x)[:n].reshape(b, s - 1), found)

@@ -1,5 +1,6 @@
 """The comparisons that tell damage by rounding from damage by any perturbation.
 
+same                 the weights as they are: a twin that must lose nothing, of a pipeline that is right
 bf16 f16             the weights in a shorter float: what a dtype change alone does
 prune{fraction}      the smallest of each matrix set to zero (Han et al. 2015, arXiv 1506.02626)
 noise@SCHEME         Gaussian noise of exactly SCHEME's error norm, matrix by matrix (noise2@SCHEME twice as large)
@@ -39,6 +40,25 @@ class Cast:
 
     def round(self, w: Float32[Array, "n o"], numbers: tuple[()], key: Array) -> Float32[Array, "n o"]:
         return w.astype({"bf16": jnp.bfloat16, "f16": jnp.float16}[self.dtype]).astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class Same:
+    """`same`: nothing is done."""
+
+    draw = 0
+
+    def __str__(self) -> str:
+        return "same"
+
+    def form(self) -> "Same":
+        return self
+
+    def numbers(self) -> tuple[()]:
+        return ()
+
+    def round(self, w: Float32[Array, "n o"], numbers: tuple[()], key: Array) -> Float32[Array, "n o"]:
+        return w
 
 
 @dataclass(frozen=True)
@@ -139,7 +159,7 @@ class Matched:
         return Prune(strength) if self.by == "prune" else Noise(self.of, strength, self.draw)
 
 
-CONTROLS = (Cast, Prune, Noise, Permuted, Matched)
+CONTROLS = (Same, Cast, Prune, Noise, Permuted, Matched)
 
 
 @jax.jit

@@ -11,7 +11,7 @@ nf4 fp4                   bitsandbytes' tables in blocks of 64; -g{n} other bloc
 mxfp4 mxfp6_e2m3 mxfp6_e3m2 mxfp8 mxfp8_e5m2    -scale_floor -scale_ceil -scale_rceil -scale_even, and the roundings
 nvfp4                     with both levels of scale, and the roundings
 q8_0 q4_0 q4_1 q5_0 q5_1 iq4_nl q2_k q3_k q4_k q5_k q6_k     GGUF
-bf16 f16 prune{fraction} noise@SCHEME permuted@SCHEME prune~SCHEME noise~SCHEME     controls
+same bf16 f16 prune{fraction} noise@SCHEME permuted@SCHEME prune~SCHEME noise~SCHEME     controls
   #{draw}                 after -stochastic, noise and permuted: another draw
 """
 
@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from qsae_jax.errors import UserError, nearest
 from qsae_jax.quant.codebook import TABLES, Lookup
-from qsae_jax.quant.control import Cast, Matched, Noise, Permuted, Prune
+from qsae_jax.quant.control import Cast, Matched, Noise, Permuted, Prune, Same
 from qsae_jax.quant.ggml import TYPES, Ggml
 from qsae_jax.quant.grid import ASYMMETRIC, FLOATS, SYMMETRIC, FloatGrid, IntGrid
 from qsae_jax.quant.group import CHANNEL, DUAN2026, TENSOR, Groups
@@ -31,12 +31,23 @@ from qsae_jax.quant.rounding import MODES
 from qsae_jax.quant.scale import STORED
 from qsae_jax.quant.scaled import Scaled
 
-HEADS = (*(f"int{b}" for b in range(2, 9)), *FLOATS, *TABLES, *ELEMENTS, "nvfp4", *TYPES, "bf16", "f16")
+HEADS = (*(f"int{b}" for b in range(2, 9)), *FLOATS, *TABLES, *ELEMENTS, "nvfp4", *TYPES, "bf16", "f16", "same")
 EXAMPLES = (
     *("fp", "int8", "int7", "int6", "int5", "int4", "int3", "int2", "int4-g128", "int4-g32-asym", "int4-tensor"),
     *("int4-half", "int8-restricted", "int4-g32-signed_full", "int4-g128-mse", "int4-g64-hqq", "int4-stochastic#1"),
     *("int6-duan2026", "int4-g32-asym-scale_f16", "fp8_e4m3", "fp6_e3m2-tensor", "nf4", "nf4-double", "mxfp4"),
-    *("mxfp8-scale_rceil", "nvfp4", "q4_k", "q6_k", "bf16", "prune0.2", "noise@int4", "permuted@int4", "prune~int4"),
+    *(
+        "mxfp8-scale_rceil",
+        "nvfp4",
+        "q4_k",
+        "q6_k",
+        "bf16",
+        "same",
+        "prune0.2",
+        "noise@int4",
+        "permuted@int4",
+        "prune~int4",
+    ),
     *("int4[4-8]", "int8[mlp.down]+int4"),
 )
 
@@ -77,6 +88,8 @@ def parse_how(text: str, scheme: str) -> How | Matched:
 
 
 def _control(text: str, scheme: str) -> How | Matched | None:
+    if text == "same":
+        return Same()
     if text in ("bf16", "f16"):
         return Cast(text)
     if found := re.fullmatch(r"prune([^~@]*)", text):
@@ -110,7 +123,7 @@ def _number(text: str, low: float, high: float, what: str, scheme: str) -> float
 def _quantizer(text: str, scheme: str) -> How:
     head, *tails = text.split("-")
     head = {"mxfp8_e4m3": "mxfp8"}.get(head, head)
-    if head not in HEADS or head in ("bf16", "f16"):
+    if head not in HEADS or head in ("bf16", "f16", "same"):
         kin = [known for known in HEADS if head and known.startswith(f"{head}_")]
         close = f"; it comes as {', '.join(kin)}" if kin else nearest(text, EXAMPLES) if tails else nearest(head, HEADS)
         raise UserError(

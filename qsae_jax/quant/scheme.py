@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from qsae_jax.config import expanded, split_list
 from qsae_jax.errors import UserError
-from qsae_jax.quant.control import Matched, is_control
+from qsae_jax.quant.control import Matched, Noise, Permuted, is_control
 from qsae_jax.quant.how import How
 from qsae_jax.quant.names import parse_how
 from qsae_jax.quant.where import EVERYWHERE, Where, parse_where
@@ -49,6 +49,23 @@ class Scheme:
     def matched(self) -> Matched | None:
         """The control whose strength is still to be found."""
         return next((rule.how for rule in self.rules if isinstance(rule.how, Matched)), None)
+
+    @property
+    def of(self) -> str:
+        """The scheme that a control is made for: `int4` of `noise@int4`. Empty where there is none."""
+        if len(self.rules) != 1 or not isinstance(how := self.rules[0].how, Noise | Permuted | Matched):
+            return ""
+        return str(self.with_how(how.of))
+
+    @property
+    def family(self) -> str:
+        """The name of the first draw of what is random: `noise@int4` of `noise@int4#2`."""
+        rules = (rule if rule.how is None or not rule.how.draw else self._first(rule) for rule in self.rules)
+        return str(Scheme(tuple(rules)))
+
+    @staticmethod
+    def _first(rule: Rule) -> Rule:
+        return replace(rule, how=replace(rule.how, draw=0))  # pyright: ignore[reportArgumentType]
 
     def with_how(self, how: How | None) -> "Scheme":
         """The same rule with another distortion."""

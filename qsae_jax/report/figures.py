@@ -44,7 +44,8 @@ def svg(figure: Figure, name: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-labelledby="caption-{name}"', 1)
 
 
-def _axes(width: float, height: float, columns: int = 1, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+def drawing(width: float, height: float, columns: int = 1, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of so many inches with its panels side by side."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, columns, sharey=sharey, squeeze=False)[0]
     for ax in axes:
@@ -55,7 +56,7 @@ def _axes(width: float, height: float, columns: int = 1, sharey: bool = False) -
 def bands(rows: Sequence[dict[str, Any]]) -> str:
     """Shares of survived, blurred and damaged features, one bar a scheme."""
     with matplotlib.rc_context(STYLE):
-        figure, (ax,) = _axes(8.6, 0.6 + 0.42 * len(rows))
+        figure, (ax,) = drawing(8.6, 0.6 + 0.42 * len(rows))
         left = np.zeros(len(rows))
         for name, colour in (("survived", BLUE), ("blurred", SKY), ("damaged", RED)):
             share = np.array([row[name] or 0.0 for row in rows])
@@ -78,7 +79,7 @@ def bands(rows: Sequence[dict[str, Any]]) -> str:
 def perplexity(rows: Sequence[dict[str, Any]]) -> str:
     """What perplexity sees beside what features see, scheme by scheme."""
     with matplotlib.rc_context(STYLE):
-        figure, (left, right) = _axes(8.6, 0.9 + 0.36 * len(rows), 2, sharey=True)
+        figure, (left, right) = drawing(8.6, 0.9 + 0.36 * len(rows), 2, sharey=True)
         panels = (
             (left, "delta_ppl", "perplexity, change", BLUE, lambda x: f"{100 * x:+,.{0 if x >= 0.1 else 2}f} %"),
             (right, "survived", "features that no longer survive", RED, lambda x: f"{100 * x:.1f} %"),
@@ -122,7 +123,7 @@ def spread(names: list[str]) -> list[str]:
 def by_decile(features: dict[str, Columns]) -> str:
     """Median r by how often a feature fires, and by how strongly it does at most."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(8.6, 3.1, 2, sharey=True)
+        figure, axes = drawing(8.6, 3.1, 2, sharey=True)
         panels = (("firing_rate", "firing rate"), ("max_activation", "peak activation"))
         for ax, (key, label) in zip(axes, panels, strict=True):
             for i, (scheme, columns) in enumerate(features.items()):
@@ -149,7 +150,7 @@ ARM_COLOURS = {"reference": BLUE, "transferred": RED, "retrained": GREEN, "resee
 def arms(rows: Sequence[dict[str, Any]]) -> str:
     """Every dictionary on every model: value and 95 % interval, four measures side by side."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(9.4, 0.9 + 0.4 * len(rows), len(ARM_PANELS), sharey=True)
+        figure, axes = drawing(9.4, 0.9 + 0.4 * len(rows), len(ARM_PANELS), sharey=True)
         for ax, (key, label) in zip(axes, ARM_PANELS, strict=True):
             for i, row in enumerate(rows):
                 got = {name: np.nan if value is None else value for name, value in row[key].items()}
@@ -168,7 +169,7 @@ def arms(rows: Sequence[dict[str, Any]]) -> str:
 def training(curves: dict[str, list[dict[str, float]]]) -> str:
     """FVU and share of dead latents over the tokens seen."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(8.6, 2.9, 2)
+        figure, axes = drawing(8.6, 2.9, 2)
         for ax, (key, label) in zip(axes, (("fvu", "FVU of a batch"), ("dead", "dead latents")), strict=True):
             for i, (name, lines) in enumerate(curves.items()):
                 tokens, values = ([line[k] for line in lines] for k in ("tokens", key))

@@ -1,7 +1,6 @@
 """One page that holds everything: figures inline, no script, nothing fetched."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ from markupsafe import Markup
 
 from qsae_jax.errors import UserError
 from qsae_jax.files import write_text
-from qsae_jax.report import figures, tables
+from qsae_jax.report import answers, figures, tables
+from qsae_jax.report.part import Part
 from qsae_jax.report.results import Results, read_results
-from qsae_jax.report.tables import Table
 
 ARMS = (
     "Each dictionary on each model, with 95 % intervals. The verdict rests on differences over the same windows, "
@@ -27,16 +26,6 @@ VERDICTS = {
     "adapt": "Adapt the dictionary",
     "retrain": "Retrain the dictionary",
 }
-
-
-@dataclass(frozen=True)
-class Part:
-    """One figure or table with its caption."""
-
-    name: str
-    caption: str
-    svg: str = ""
-    table: Table | None = None
 
 
 def write_report(folder: Path) -> Path:
@@ -73,7 +62,8 @@ def _short(model: str) -> str:
 
 def sections(results: Results) -> list[tuple[str, list[Part]]]:
     """The page's sections, those that there are results for."""
-    made = [("Features under each scheme", _audit_parts(results)), ("Keep, adapt or retrain", _compare_parts(results))]
+    made = [("Features under each scheme", _audit_parts(results)), *answers.sections(results)]
+    made += [("Keep, adapt or retrain", _compare_parts(results))]
     if results.curves:
         caption = "Training: each dictionary saw the same tokens in the same order."
         made.append(("Training", [Part("training", caption, figures.training(results.curves))]))

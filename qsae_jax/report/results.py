@@ -11,6 +11,7 @@ from qsae_jax.errors import UserError
 from qsae_jax.files import read_json
 
 Columns = dict[str, np.ndarray]
+ANSWERS = ("perplexity", "predict", "contexts", "act")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class Results:
     run: dict[str, Any] | None = None
     features: dict[str, Columns] = field(default_factory=dict)
     """Scheme -> the columns of its features."""
+    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What was asked beyond the audit, by file: perplexity, predict, contexts, act."""
+    at: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Audits at other points."""
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     """Dictionary -> its training metrics, in order of tokens."""
 
@@ -42,7 +47,9 @@ def read_results(folder: Path) -> Results:
         raise UserError(f"`{folder}` holds neither audit.json nor compare.json: run qsae audit or qsae compare first")
     features = folder / "features.parquet"
     table = _features(features) if features.is_file() and "audit" in found else {}
-    return Results(**found, features=table, curves=_curves(folder / "train"))
+    answers = {name: read_json(file) for name in ANSWERS if (file := folder / f"{name}.json").exists()}
+    at = {file.parent.name: read_json(file) for file in sorted((folder / "at").glob("*/audit.json"))}
+    return Results(**found, features=table, answers=answers, at=at, curves=_curves(folder / "train"))
 
 
 def _features(path: Path) -> dict[str, Columns]:

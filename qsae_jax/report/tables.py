@@ -1,7 +1,7 @@
 """Numbers -> tables and the sentences that open a page. A missing number is a dash, never a zero."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,21 @@ def interval(got: dict[str, float | None], share: bool = False) -> str:
         return show(got["value"])
     ends = [show(got[name]).removesuffix(" %") for name in ("low", "high")]
     return f"{show(got['value'])} [{', '.join(ends)}]"
+
+
+def ends(row: dict[str, Any], key: str, scale: float = 1.0) -> str:
+    """The interval that a row has of one of its numbers, where it has one."""
+    low, high = (row.get("intervals") or {}).get(key) or (None, None)
+    return "" if low is None or high is None else f" [{scale * low:.3g}, {scale * high:.3g}]"
+
+
+def estimate(got: Mapping[str, float | None] | float | None) -> str:
+    """A number, with its interval where it has one."""
+    if not isinstance(got, Mapping):
+        return number(got, 3)
+    if got["low"] is None:
+        return number(got["value"], 3)
+    return f"{number(got['value'], 3)} [{number(got['low'], 3)}, {number(got['high'], 3)}]"
 
 
 def arms_table(compare: dict[str, Any]) -> Table:

@@ -119,8 +119,8 @@ def test_a_silenced_feature_is_damaged():
     z[:, 0] = -1
     q = z.copy()
     q[:, 1] = -1
-    sums = Survival(sae, ["fp", "twin"])
-    sums.add({"fp": jnp.asarray(z), "twin": jnp.asarray(q)}, np.ones(640, np.float32))
+    sums = Survival(sae, ["fp", "twin"], 1)
+    sums.add({"fp": jnp.asarray(z)[None], "twin": jnp.asarray(q)[None]}, np.ones(1, np.float32))
     r = sums.correlations("twin")
     assert np.isnan(r[0]) and r[1] == 0 and np.all(r[2:] > 0.999)
     assert sums.row("twin")["damaged"] == pytest.approx(1 / 15)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from qsae_jax import compare, fake_quantize, patch
-from qsae_jax.compare.fidelity import Judged
 from qsae_jax.compare.transfer import verdict
 from qsae_jax.mesh import make_mesh, place
+from qsae_jax.stats import Grouped
 
 POINT, SKIP = "blocks.1.resid_post", 2
 
@@ -94,7 +94,7 @@ def judged(error, spliced, groups=32, seed=0):
     ones = np.ones(groups)
     s = {"error": error * level, "x": np.zeros((groups, 2)), "xx": ones, "n": ones, "active": ones}
     s |= {"fired": np.ones((groups, 4)), "zero": 10 * ones, "clean": ones * 0, "spliced": spliced * level}
-    return Judged(s | {"kl_zero": ones, "kl_spliced": 0.1 * ones})
+    return Grouped(groups, s | {"kl_zero": ones, "kl_spliced": 0.1 * ones})
 
 
 @pytest.mark.parametrize(

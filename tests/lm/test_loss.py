@@ -44,11 +44,15 @@ def test_equal_to_the_dense_formula(models, b, s):
     tokens = random.integers(0, 97, (b, s)).astype(np.int32)
     x, y = (random.normal(size=(b, s, d)).astype(np.float32) for d in (16, 8))
     finals = [x, x * (1 + 0.01 * random.normal(size=x.shape).astype(np.float32)), y]
-    nll, kl = token_losses(models, finals, tokens)
+    nll, kl, agree = token_losses(models, finals, tokens)
     slow_nll, slow_kl = dense(models, finals, tokens)
     assert {(one.shape, one.dtype.name) for one in [*nll, *kl]} == {((b, s - 1), "float32")}
     np.testing.assert_allclose(nll, slow_nll, atol=1e-5)
     np.testing.assert_allclose(kl, slow_kl, atol=5e-6)
+    best = [np.asarray(lm.unembed(x))[:, :-1].argmax(-1) for lm, x in zip(models, finals, strict=True)]
+    for mine, other in zip(agree, best, strict=True):
+        assert np.array_equal(mine, other == best[0])
+    assert s < 3 or float(jnp.mean(agree[2])) < 0.5 < float(jnp.mean(agree[1])) <= 1
     assert float(jnp.abs(kl[0]).max()) == 0 and 1e-5 < slow_kl[1].mean() < 1e-2 < slow_kl[2].mean()
     assert np.abs(np.asarray(nll) - dense(models, finals, np.roll(tokens, 1, axis=1))[0]).max() > 0.1
     other = dense([models[2], models[0]], [finals[2], finals[0]], tokens)[1][1]

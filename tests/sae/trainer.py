@@ -30,9 +30,10 @@ def with_short_rows(x, longest):
     return [max([i for i in fits if i <= row], default=fits[0]) for row in range(len(x))]
 
 
-def running(mean, new):
-    """A running mean that begins at its first finite value."""
-    moved = np.where(mean < 0, new, 0.99 * mean + 0.01 * new)
+def running(mean, new, t):
+    """A running mean that begins at its first finite value and forgets faster in the first steps."""
+    decay = min(0.99, (2 + t) / (11 + t))
+    moved = np.where(mean < 0, new, decay * mean + (1 - decay) * new)
     return np.where(np.isfinite(new), moved, mean)
 
 
@@ -65,7 +66,7 @@ def train(torch, c, steps, arrays, batches, scales, longest, *, centred=True, tw
         kept.losses.append(total.item())
         kept.dead.append(np.mean(kept.silent >= c.dead_after))
         least = np.where(codes > 0, codes, np.inf).min(0)
-        kept.cut, kept.cuts = running(kept.cut, least.min()), running(kept.cuts, least)
+        kept.cut, kept.cuts = running(kept.cut, least.min(), t), running(kept.cuts, least, t)
         sizes = (codes * norms)[codes > 0]
         kept.weight *= (sizes ** powers[0]).sum() / (sizes ** powers[1]).sum()
         decay = min(c.ema, (2 + t) / (11 + t))
