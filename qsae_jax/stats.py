@@ -103,6 +103,18 @@ def percentile(value: float, drawn: ArrayLike, n: int, level: float = 0.95) -> I
     return Interval(float(value), float(low), float(high))
 
 
+def about(value: float, drawn: ArrayLike, least: float = -np.inf, most: float = np.inf) -> np.ndarray:
+    """Resamples moved to lie about the value of all tokens: for statistics that count how many correlations lie beyond
+    a threshold. r is noisier in a resample, which leaves out a third of the groups, so that their resamples lie to one
+    side of it. They stay between the least and the most that the statistic can be. What does not exist in a resample
+    is left out; NaN when that is most."""
+    drawn = np.asarray(drawn, np.float64)
+    some = drawn[np.isfinite(drawn)]
+    if not len(some) or 2 * len(some) < len(drawn):
+        return np.array([np.nan])
+    return np.clip(some - np.median(some) + value, least, most)
+
+
 def bootstrap(
     statistics: Mapping[str, Callable[[Sums], float]],
     groups: Sums,

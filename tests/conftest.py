@@ -83,3 +83,19 @@ def tiny_folder(tiny_lm, tmp_path_factory):
     inner.decoder = decoders.ByteLevel()
     TextTokenizer(inner, None, None, False).save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def flat():
+    """The numbers of nested tables and lists, each under one name."""
+
+    def flattened(facts, before=""):
+        found = {}
+        for key, value in facts.items() if isinstance(facts, dict) else enumerate(facts):
+            if isinstance(value, dict | list):
+                found |= flattened(value, f"{before}{key}.")
+            elif isinstance(value, int | float):
+                found[f"{before}{key}"] = value
+        return found
+
+    return flattened

@@ -16,7 +16,7 @@ every feature, so that chance is the ceiling.
 
 Intervals are percentiles over resamples of groups of tokens, the same groups for both distortions, so that they are
 paired. They say what other tokens of the kind would give, the features being the same. In a resample r is noisier than
-over all tokens, so a small set near its threshold may keep less of its overlap there than it has.
+over all tokens, so that overlap and correlation come out smaller there: resamples are moved to lie about the value.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
 from qsae_jax.errors import UserError
-from qsae_jax.stats import Interval, percentile
+from qsae_jax.stats import about, percentile
 
 DAMAGED = 0.5
 """A threshold up to here names the damaged: r below it. Above it, those that do not survive: r not above it."""
@@ -80,17 +80,13 @@ def overlap(
     }
 
 
-def finite_percentile(value: float, drawn: ArrayLike, groups: int) -> Interval:
-    """The interval from those resamples in which the statistic exists; no ends where that is less than half."""
-    drawn = np.asarray(drawn)
-    some = drawn[np.isfinite(drawn)]
-    return percentile(value, some if len(some) and 2 * len(some) >= len(drawn) else [np.nan], groups)
+LEAST = {"jaccard": 0.0, "above_chance": -np.inf}
 
 
-def _ends(value: float, drawn: np.ndarray | None, groups: int) -> Ends:
+def _ends(value: float, drawn: np.ndarray | None, groups: int, least: float = -1) -> Ends:
     if drawn is None:
         return {"value": float(value), "low": None, "high": None}
-    return {**finite_percentile(value, drawn, groups).as_dict()}
+    return {**percentile(value, about(value, drawn, least, 1), groups).as_dict()}
 
 
 def _ratio(over: ArrayLike, under: ArrayLike) -> np.ndarray:
@@ -105,9 +101,7 @@ def _figures(n: int, one: ArrayLike, other: ArrayLike, both: ArrayLike) -> dict[
     shared = _ratio(one * other, n)
     chance = _ratio(shared, one + other - shared)
     ceiling = _ratio(np.minimum(one, other), np.maximum(one, other))
-    # Where one set holds all features, chance is the ceiling but for rounding.
-    room = np.where(np.maximum(one, other) < n, ceiling - chance, 0.0)
-    above = _ratio(jaccard - chance, room)
+    above = _ratio(jaccard - chance, ceiling - chance)
     return {"jaccard": jaccard, "chance": chance, "ceiling": ceiling, "above_chance": above}
 
 

@@ -37,9 +37,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from qsae_jax.audit.overlap import finite_percentile
 from qsae_jax.errors import UserError
-from qsae_jax.stats import Interval, resamples
+from qsae_jax.stats import Interval, about, percentile, resamples
 
 Columns = Mapping[str, np.ndarray]
 """Of one scheme, a value for every latent: `active`, `r`, `firing_rate`, `mean_activation`, `max_activation`."""
@@ -120,7 +119,7 @@ def auc(
     names, at = np.unique(groups, return_inverse=True)
     counts = _counts(len(names), DRAWS)
     drawn = [weighted_auc(score, label, counts[s : s + AT_ONCE][:, at]) for s in range(0, DRAWS, AT_ONCE)]
-    return finite_percentile(value, np.concatenate(drawn), len(names))
+    return percentile(value, about(value, np.concatenate(drawn)), len(names))
 
 
 def logistic() -> Any:

@@ -2,8 +2,9 @@
 
 A resample draws groups of consecutive windows (stats.py), the same for every scheme: a difference between two schemes
 is taken inside each resample, so it is paired over tokens. The set of active features is that of all tokens; their r
-is that of the resample. The reliability of r is that of split halves: r over the even groups beside r over the odd
-ones, correlated over active features and stepped up to the whole length (Spearman 1910, Brown 1910: 2 rho / (1 + rho)).
+is that of the resample, and shares are moved to lie about their value (stats.about). The reliability of r is that of
+split halves: r over the even groups beside r over the odd ones, correlated over active features and stepped up to the
+whole length (Spearman 1910, Brown 1910: 2 rho / (1 + rho)).
 
 Several draws of one random control differ by more than tokens can tell. Their interval is that of one more draw,
 mean +- t sd sqrt(1 + 1/k): a quantizer is told from such noise when it lies outside.
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 from scipy.stats import t as student
 
 from qsae_jax.audit.survival import DAMAGED, SURVIVED, Survival, bands
-from qsae_jax.stats import Interval, pearson, percentile, resamples
+from qsae_jax.stats import Interval, about, pearson, percentile, resamples
 
 BANDS = ("survived", "blurred", "damaged", "mean_r")
 DRAWS, KEPT, BLOCK = 1000, 200, 256
@@ -51,7 +52,10 @@ class Drawn:
     """r of the active features in the first KEPT resamples."""
 
     def intervals(self) -> dict[str, Interval]:
-        return {key: percentile(self.value[key], self.draws[key], self.groups) for key in BANDS}
+        return {
+            key: percentile(v := self.value[key], about(v, self.draws[key], -1.0 * (key == "mean_r"), 1), self.groups)
+            for key in BANDS
+        }
 
 
 def draw(survival: Survival, name: str, draws: int = DRAWS) -> Drawn:
@@ -94,7 +98,8 @@ def differences(drawn: Mapping[str, Drawn], pairs: Sequence[tuple[str, str]]) ->
     found = []
     for one, other in pairs:
         a, b = drawn[one], drawn[other]
-        gaps = {key: percentile(a.value[key] - b.value[key], a.draws[key] - b.draws[key], a.groups) for key in BANDS}
+        values = {key: (a.value[key] - b.value[key], a.draws[key] - b.draws[key]) for key in BANDS}
+        gaps = {key: percentile(value, about(value, draws), a.groups) for key, (value, draws) in values.items()}
         found.append({"scheme": one, "other": other} | {key: gap.as_dict() for key, gap in gaps.items()})
     return found
 

@@ -68,7 +68,7 @@ def survivors(results: Results) -> list[Part]:
         for name, one in schemes.items()
     ]
     carried = [
-        [row["trained_on"], row["judged_on"], f"{row['n']:,}", estimate(row["auc"])] for row in found["transfer"]
+        [row["trained_on"], row["judged_on"], f"{row['n']:,}", estimate(row.get("auc"))] for row in found["transfer"]
     ]
     first, one = next(iter(schemes.items()))
     best = max(names, key=lambda key: _auc(one["marginal"][key]))

@@ -85,7 +85,9 @@ def survivors(schemes: Mapping[str, dict[str, Any]]) -> str:
             axes[0].plot([b["predicted"] for b in bins], [b["observed"] for b in bins], "o-", ms=3, color=colour)
             for ax, key in ((axes[1], "firing_rate"), (axes[2], "max_activation")):
                 tenths = one["deciles"][key]
-                ax.plot(range(1, 11), [t["survived"] for t in tenths], "o-", ms=3, color=colour, label=name)
+                ax.plot(
+                    range(1, len(tenths) + 1), [t["survived"] for t in tenths], "o-", ms=3, color=colour, label=name
+                )
         axes[0].plot([0, 1], [0, 1], color=FAINT, lw=1, ls=":")
         axes[0].set(xlabel="predicted share", ylabel="share that survives", title="calibration (boosting)")
         axes[1].set(xlabel="tenths by firing rate", title="by firing rate")

@@ -98,7 +98,7 @@ def test_the_table_of_features(judged, tiny_lm, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
-def test_a_mesh_gives_the_same_audit(shape, judged, tiny_lm, tiny_sae):
+def test_a_mesh_gives_the_same_audit(shape, judged, tiny_lm, tiny_sae, flat):
     """Weights cut over `model`, tokens over `data`: the numbers of one device within float32 sums."""
     result, windows, _ = judged
     mesh = make_mesh(*shape)
@@ -107,8 +107,11 @@ def test_a_mesh_gives_the_same_audit(shape, judged, tiny_lm, tiny_sae):
     got = audit(lm, sae, windows, SCHEMES, POINT, skip_first=SKIP, batch=8, mesh=mesh)
     np.testing.assert_allclose(got.features["r"], result.features["r"], atol=2e-4)
     for mine, other in zip(got.facts["rows"], result.facts["rows"], strict=True):
-        assert mine.pop("scheme") == other["scheme"]
-        assert mine == pytest.approx({name: other[name] for name in mine}, rel=2e-4, abs=2e-4)
+        assert mine["scheme"] == other["scheme"]
+        numbers = {name: value for name, value in flat(mine).items() if "intervals" not in name}
+        assert numbers == pytest.approx({name: flat(other)[name] for name in numbers}, rel=2e-4, abs=2e-4, nan_ok=True)
+        ends = {name: value for name, value in flat(mine).items() if "intervals" in name}
+        assert ends == pytest.approx({name: flat(other)[name] for name in ends}, rel=2e-2, abs=2e-2, nan_ok=True)
 
 
 def test_a_silenced_feature_is_damaged():

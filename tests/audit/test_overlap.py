@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from qsae_jax.audit.overlap import finite_percentile, lost, of_counts, overlap
+from qsae_jax.audit.overlap import lost, of_counts, overlap
 from qsae_jax.errors import UserError
-from qsae_jax.stats import percentile
+from qsae_jax.stats import about, percentile
 
 
 def damaged_alike(n=400, noise=0.05, seed=0):
@@ -95,11 +95,13 @@ def test_nested_sets_are_at_the_ceiling():
 
 
 def test_all_features_lost_leave_no_room_above_chance():
-    """For any sizes: 7 x 49 / 49 and the like are whole numbers only but for rounding."""
+    """For any sizes, rounding included. Control: one feature kept leaves some."""
     for n in range(2, 50, 3):
         for few in range(1, n):
             r = np.where(np.arange(n) < few, 0.0, 1.0)
             assert np.isnan(overlap(r, np.zeros(n), thresholds=[0.9])["lost"][0]["above_chance"]["value"])
+            kept = overlap(r, 1.0 * (np.arange(n) == n - 1), thresholds=[0.9])
+            assert kept["lost"][0]["above_chance"]["value"] == pytest.approx(1)
 
 
 def test_intervals_are_of_the_paired_resamples():
@@ -115,8 +117,9 @@ def test_intervals_are_of_the_paired_resamples():
         jaccard.append(((a <= 0.9) & (b <= 0.9)).sum() / ((a <= 0.9) | (b <= 0.9)).sum())
         spearman.append(scipy.stats.spearmanr(1 - a, 1 - b)[0])
     row = found["lost"][0]["jaccard"]
-    assert row == pytest.approx(percentile(row["value"], jaccard, 16).as_dict(), abs=1e-12)
-    wanted = percentile(found["spearman"]["value"], spearman, 16).as_dict()
+    assert row == pytest.approx(percentile(row["value"], about(row["value"], jaccard), 16).as_dict(), abs=1e-12)
+    value = found["spearman"]["value"]
+    wanted = percentile(value, about(value, spearman), 16).as_dict()
     assert found["spearman"] == pytest.approx(wanted, abs=1e-6)
     unpaired = overlap(one, other, drawn[0], drawn[1][::-1], groups=16)["lost"][0]["jaccard"]
     assert unpaired["high"] - unpaired["low"] > 2 * (row["high"] - row["low"])
@@ -127,8 +130,9 @@ def test_resamples_without_the_statistic_are_left_out():
     of tokens."""
     value = np.linspace(0, 1, 40)
     few, most = (np.r_[value, np.full(count, np.nan)] for count in (10, 60))
-    assert finite_percentile(0.5, few, 9) == percentile(0.5, value, 9)
-    assert np.isnan(finite_percentile(0.5, most, 9).low) and finite_percentile(0.5, most, 9).value == 0.5
+    np.testing.assert_allclose(about(0.7, few), value + 0.2)
+    np.testing.assert_allclose(about(0.7, few, 0.3, 1), np.clip(value + 0.2, 0.3, 1))
+    assert np.isnan(about(0.5, most)).all()
     r = np.linspace(0, 1, 10)
     none = overlap(r, r, np.zeros((0, 10)), np.zeros((0, 10)), groups=1)
     assert none["pearson"]["value"] == pytest.approx(1) and np.isnan(none["pearson"]["low"])

@@ -274,17 +274,20 @@ def test_transfer_between_schemes_of_one_dictionary():
     """To itself it is `predict`'s figure; to another it is counted again here (1e-9). Control: fitted to all features
     it is another figure."""
     columns = table(n=120, copies=2)
+    noise = np.random.default_rng(4).normal(size=129)
     other = columns | {"r": table(n=120, copies=2, power=1.0)["r"]}
+    other["max_activation"] = columns["max_activation"] * np.exp(np.abs(noise))  # as if seen on other tokens
     groups = alike(columns)
     found = {(row["trained_on"], row["judged_on"]): row for row in transfer(
         {"a": columns, "b": other}, {"a": groups, "b": groups.copy()}, seed=3)}  # fmt: skip
     for name, one in (("a", columns), ("b", other)):
         assert found[name, name]["auc"] == predict(one, groups, seed=3)["logistic"]["auc"]
     (x, y), (_, truth), p = labelled(columns), labelled(other), np.zeros(120)
+    seen = labelled(other)[0]
     for fitted, judged in folds_of(x, y, groups, seed=3):
-        p[judged] = logistic().fit(x[fitted], y[fitted]).predict_proba(x[judged])[:, 1]
+        p[judged] = logistic().fit(x[fitted], y[fitted]).predict_proba(seen[judged])[:, 1]
     assert found["a", "b"]["auc"]["value"] == pytest.approx(roc_auc_score(truth, p), abs=1e-9)
-    whole = logistic().fit(x, y).predict_proba(x)[:, 1]
+    whole = logistic().fit(x, y).predict_proba(seen)[:, 1]
     assert abs(found["a", "b"]["auc"]["value"] - roc_auc_score(truth, whole)) > 1e-3
     assert found["a", "b"]["n"] == 120 and found["a", "b"]["auc"] != found["b", "a"]["auc"]
 
