@@ -93,8 +93,9 @@ def who_survives(study: Study, folder: Path, sae: SAE) -> dict[str, Any]:
             paper = predict.paper_protocol(columns[name])
             found["schemes"][name] = answer | {"paper_protocol": paper, "deciles": deciles}
             advance(1)
-        for other in study.predict.others:
-            theirs, name = _other(Path(other), names[0])
+        layers = [folder / "at" / point for point in study.at]
+        for other in (*layers, *map(Path, study.predict.others)):
+            theirs, name = _other(other, names[0])
             tables[name], groups[name] = theirs
         found["transfer"] = predict.transfer(tables, groups)
         advance(1)
@@ -106,9 +107,8 @@ def _other(folder: Path, scheme: str) -> tuple[tuple[Columns, np.ndarray], str]:
     columns = features_of(folder)
     if scheme not in columns:
         raise UserError(f"`{folder}` has no features under `{scheme}`, only {', '.join(columns)}: audit it there too")
-    facts = read_json(folder / "audit.json")
-    source = facts["sae"] if Path(facts["sae"]).is_absolute() or ":" in facts["sae"] else folder / facts["sae"]
-    rows = np.asarray(load_sae(source).W_dec[...])
+    named = read_json(folder / "audit.json")["sae"]
+    rows = np.asarray(load_sae(own if (own := folder / named).exists() else named).W_dec[...])
     return (columns[scheme], predict.clusters(rows)[columns[scheme]["active"]]), f"{folder.name}: {scheme}"
 
 

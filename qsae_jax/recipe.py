@@ -130,6 +130,8 @@ class Study:
     expected: ExpectedConfig = field(default_factory=ExpectedConfig)
     processing: str = "none"
     """What is done to the weights after loading: `none`, or `transformer_lens`, as many published SAEs read them."""
+    dtype: str = "float32"
+    """Of the model's weights and activations: `float32`, or `bfloat16`, to which quantized weights are rounded too."""
     batch: int = 0
     """Windows in a forward pass; 0 chooses by the device."""
     mesh: str = "1x1"
@@ -137,6 +139,8 @@ class Study:
 
     def __post_init__(self) -> None:
         check_processing(self.processing)
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"key `dtype` is `{self.dtype}`: choose float32 or bfloat16")
         if self.compare and self.tokens.compare > self.tokens.audit:
             raise UserError(
                 f"key `tokens.compare` is {self.tokens.compare}: give at most tokens.audit, {self.tokens.audit}"

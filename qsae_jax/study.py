@@ -68,8 +68,9 @@ class Stages:
 
     @cached_property
     def lm(self) -> LM:
-        lm = load_lm(self.study.model, mesh=self.mesh, processing=self.study.processing)
-        check_point(lm, self.study.point)
+        s = self.study
+        lm = load_lm(s.model, s.dtype, self.mesh, s.processing)
+        check_point(lm, s.point)
         for scheme in (*self.schemes, *parse_schemes(self.scheme or "fp")):
             departures(lm, scheme)  # Refuses what the model has no weights for, before anything is trained.
         return lm
@@ -89,6 +90,7 @@ class Stages:
         training = [
             *tokens,
             s.processing,
+            s.dtype,
             s.point,
             as_tables(s.sae),
             {key: value for key, value in as_tables(s.train).items() if key != "log"},

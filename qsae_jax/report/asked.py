@@ -96,6 +96,15 @@ def where(results: Results) -> list[Part]:
     rows, parts = [row for row in rows_of(results) if row.get("errors")], []
     if rows and len(rows[0]["errors"]) > 1:
         parts.append(Part("depth", "Error of the activations at each point.", plots.depth(rows)))
+    some = [row for row in rows_of(results) if "[" in row["scheme"]]
+    if len(some) > 2:
+        worst = min(some, key=lambda row: row["survived"])
+        said = [
+            f"Of these parts {worst['scheme']} costs most: it alone leaves {percent(worst['survived'])} of the "
+            "features. Parts do not add up: errors of one block pass through the others, and two may cancel.",
+        ]
+        caption = "One part of the model distorted at a time."
+        parts.append(Part("attribution", caption, plots.attribution(some), said=said))
     if results.at and results.audit:
         audits = {results.audit["point"]: results.audit} | results.at
         schemes = [row["scheme"] for row in results.audit["rows"]]

@@ -52,6 +52,25 @@ def depth(rows: Sequence[dict[str, Any]]) -> str:
         return svg(figure, "depth")
 
 
+def attribution(rows: Sequence[dict[str, Any]]) -> str:
+    """What each part of the model costs when it alone is distorted: features, and KL."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = drawing(8.6, 0.9 + 0.26 * len(rows), 2, sharey=True)
+        lost = [1 - row["survived"] for row in rows]
+        for ax, values, title, colour in (
+            (axes[0], lost, "features that no longer survive", RED),
+            (axes[1], [row["kl"] or 0.0 for row in rows], "KL, nats", BLUE),
+        ):
+            ax.barh(range(len(rows)), values, color=colour, height=0.7)
+            ax.set_title(title)
+            ax.grid(axis="x", lw=0.7)
+        for ax in axes[:1]:
+            ax.xaxis.set_major_formatter(PercentFormatter(1))
+        axes[0].set_yticks(range(len(rows)), [row["scheme"] for row in rows], fontsize=9)
+        axes[0].invert_yaxis()
+        return svg(figure, "attribution")
+
+
 def protocols(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     """The change of perplexity with its interval, one panel a protocol."""
     with matplotlib.rc_context(STYLE):
