@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qsae_jax.errors import UserError
 
 
@@ -24,6 +26,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"`{path}` holds {type(value).__name__}, not a JSON object: correct it or make it again")
     return value
+
+
+def read_features(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """The columns of a table of features, by scheme."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+        columns = {name: np.asarray(table.column(name)) for name in table.column_names}
+        schemes = columns.pop("scheme")
+    except KeyError:
+        raise UserError(f"`{path}` has no column `scheme`: give the table of an audit") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"`{path}` is not a readable parquet file ({error}): run the audit again") from error
+    return {str(name): {k: v[schemes == name] for k, v in columns.items()} for name in dict.fromkeys(schemes)}
 
 
 def write_json(path: Path, value: Any) -> None:

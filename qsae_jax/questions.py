@@ -1,21 +1,21 @@
 """What a study asks beyond its audit, each answer a file of its own: perplexity by protocol, who survives, the texts of
 the most damaged features, and whether features still act."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
-from qsae_jax.acts.tokens import Windows, load_windows
+from qsae_jax.acts.tokens import Windows, check_windows, load_windows
 from qsae_jax.audit import predict
 from qsae_jax.audit.act import act, summary
 from qsae_jax.audit.contexts import contexts, with_text
 from qsae_jax.audit.protocols import cut, perplexities
 from qsae_jax.errors import UserError
-from qsae_jax.files import read_json
+from qsae_jax.files import read_features, read_json
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tokenizer import load_tokenizer
 from qsae_jax.progress import progress, stop_signal
@@ -28,17 +28,6 @@ from qsae_jax.sae.model import SAE
 Columns = dict[str, np.ndarray]
 
 
-def features_of(folder: Path) -> dict[str, Columns]:
-    """The features' columns of an audit, by scheme."""
-    file = folder / "features.parquet"
-    if not file.is_file():
-        raise UserError(f"`{folder}` holds no features.parquet: give the folder of an audit or a study")
-    table = pq.read_table(file)
-    columns = {name: np.asarray(table.column(name)) for name in table.column_names}
-    schemes = columns.pop("scheme")
-    return {str(name): {k: v[schemes == name] for k, v in columns.items()} for name in dict.fromkeys(schemes)}
-
-
 def applied(folder: Path) -> dict[str, Scheme]:
     """The schemes of an audit as they were applied: a matched control with the strength that was found."""
     rows = read_json(folder / "audit.json")["rows"]
@@ -48,68 +37,63 @@ def applied(folder: Path) -> dict[str, Scheme]:
 def most_damaging(folder: Path, wanted: str) -> str:
     """The scheme that is asked for, else the quantizer that leaves the fewest features."""
     rows = [row for row in read_json(folder / "audit.json")["rows"] if row["survived"] is not None]
-    if wanted:
-        name = str(parse_scheme(wanted))
-        if name not in [row["scheme"] for row in rows]:
-            raise UserError(f"scheme `{name}` is not in the audit: add it to `schemes`")
-        return name
-    rows = [row for row in rows if not row["control"]] or rows
     if not rows:
         raise UserError("no feature is active at full precision: there is none to look at more closely")
-    return min(rows, key=lambda row: row["survived"])["scheme"]
+    if wanted:
+        return wanted
+    return min([row for row in rows if not row["control"]] or rows, key=lambda row: row["survived"])["scheme"]
 
 
 def by_protocol(study: Study, lm: LM, folder: Path, mesh: Mesh) -> dict[str, Any]:
     """`perplexity.json`."""
-    source = study.tokens.source
-    if source.startswith("npy:"):
-        raise UserError("key `perplexity` cuts the text anew, and npy: gives windows as they are: give a text source")
-    tokenizer, cuts = load_tokenizer(study.model), {}
+    tokenizer, vocab, cuts = load_tokenizer(study.model), lm.config.vocab, {}
+    text = load_windows(study.tokens.source, tokenizer, 2, "never", vocab)  # pairs: no more than the last token is lost
     for protocol in study.perplexity:
-        found = load_windows(source, tokenizer, protocol.window, "never", lm.config.vocab)
-        cuts[protocol] = cut(protocol, found.ids.reshape(-1), tokenizer.bos_id, found.source)
+        cuts[protocol] = cut(protocol, text.ids.reshape(-1), tokenizer.bos_id, text.source)
+        check_windows(cuts[protocol][0], 0, lm.config.context)
     rows = perplexities(lm, cuts, applied(folder), mesh, study.batch)
     return {"protocols": {one.name: one.described for one in study.perplexity}, "rows": rows}
 
 
 def who_survives(study: Study, folder: Path, sae: SAE) -> dict[str, Any]:
     """`predict.json`."""
-    columns = features_of(folder)
-    names = [str(parse_scheme(name)) for name in study.predict.schemes]
-    if lacking := [name for name in names if name not in columns]:
-        raise UserError(f"key `predict.schemes`: `{lacking[0]}` is not in the audit: add it to `schemes`")
-    tables, groups = {name: columns[name] for name in names}, {}
-    own = predict.clusters(np.asarray(sae.W_dec[...]))
+    columns, own = read_features(folder / "features.parquet"), predict.clusters(np.asarray(sae.W_dec[...]))
+    key, names = _key(sae), study.predict.schemes
+    tables = {name: predict.Table(columns[name], own, key) for name in names}
     found: dict[str, Any] = {"schemes": {}}
     with progress("who survives", len(names) + 1) as advance:
         for name in names:
             active = columns[name]["active"]
-            groups[name] = own[active]
-            survived = np.nan_to_num(columns[name]["r"][active]) > 0.9
+            survived = predict.survived(columns[name])
             deciles = {
                 key: predict.deciles(columns[name][key][active], survived) for key in ("firing_rate", "max_activation")
             }
-            answer = predict.predict(columns[name], groups[name])
+            answer = predict.predict(columns[name], own[active])
             paper = predict.paper_protocol(columns[name])
             found["schemes"][name] = answer | {"paper_protocol": paper, "deciles": deciles}
             advance(1)
-        layers = [folder / "at" / point for point in study.at]
-        for other in (*layers, *map(Path, study.predict.others)):
-            theirs, name = _other(other, names[0])
-            tables[name], groups[name] = theirs
-        found["transfer"] = predict.transfer(tables, groups)
+        others = {point: folder / "at" / point for point in study.at} | {
+            name: Path(name) for name in study.predict.others
+        }
+        tables |= {f"{name}: {names[0]}": _other(other, names[0]) for name, other in others.items()}
+        found["transfer"] = predict.transfer(tables)
         advance(1)
     return found
 
 
-def _other(folder: Path, scheme: str) -> tuple[tuple[Columns, np.ndarray], str]:
-    """Another audit's features under the same scheme, and the groups of its dictionary."""
-    columns = features_of(folder)
+def _key(sae: SAE) -> str:
+    """What tells one dictionary's features from another's."""
+    return hashlib.sha256(np.asarray(sae.W_dec[...]).tobytes()).hexdigest()
+
+
+def _other(folder: Path, scheme: str) -> predict.Table:
+    """Another audit's features under the same scheme."""
+    columns = read_features(folder / "features.parquet")
     if scheme not in columns:
         raise UserError(f"`{folder}` has no features under `{scheme}`, only {', '.join(columns)}: audit it there too")
-    named = read_json(folder / "audit.json")["sae"]
-    rows = np.asarray(load_sae(own if (own := folder / named).exists() else named).W_dec[...])
-    return (columns[scheme], predict.clusters(rows)[columns[scheme]["active"]]), f"{folder.name}: {scheme}"
+    named = read_json(folder / "audit.json").get("sae", "")
+    sae = load_sae(own if (own := folder / named).exists() else named)
+    return predict.Table(columns[scheme], predict.clusters(np.asarray(sae.W_dec[...])), _key(sae))
 
 
 def _chosen(config: CloserConfig, columns: Columns, spread: bool) -> list[int]:
@@ -126,7 +110,7 @@ def closer(study: Study, lm: LM, sae: SAE, windows: Windows, folder: Path, mesh:
     """`contexts.json` or `act.json`: `what` names the key of the study."""
     config: CloserConfig = getattr(study, what)
     name = most_damaging(folder, config.scheme)
-    columns = features_of(folder)[name]
+    columns = read_features(folder / "features.parquet")[name]
     some = _chosen(config, columns, what == "act")
     windows = windows.part(0, max(config.tokens // windows.seq, 1))
     twin = fake_quantize(lm, applied(folder)[name])

@@ -9,6 +9,8 @@ from qsae_jax.config import build, check_at_least, read_toml, with_settings
 from qsae_jax.errors import UserError
 from qsae_jax.lm.process import check_processing
 from qsae_jax.lm.sources import SMOLLM2
+from qsae_jax.lm.tap import Point
+from qsae_jax.quant.scheme import parse_scheme, parse_schemes
 from qsae_jax.sae.settings import SAEConfig
 
 
@@ -65,7 +67,7 @@ class TrainTwiceConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class CloserConfig:
-    """Single features, looked at more closely under one scheme."""
+    """Single features, looked at more closely under one scheme of the audit."""
 
     scheme: str = ""
     """Empty: the quantizer that leaves the fewest features."""
@@ -75,7 +77,12 @@ class CloserConfig:
     """The first of the audit's."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, "contexts/act: ", features=0, tokens=1)
+        check_at_least(self, "", features=0, tokens=1)
+        if self.scheme and not self.features:
+            raise UserError(
+                f"`{self.scheme}` is to be looked at more closely: say at how many features, with `features`"
+            )
+        object.__setattr__(self, "scheme", self.scheme and str(parse_scheme(self.scheme)))
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,12 @@ class PredictConfig:
     others: tuple[str, ...] = ()
     """Folders of other audits (another model, layer or dictionary) that the predictor is carried over to and from."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schemes", _names(self.schemes))
+        for folder in self.others:
+            if not (Path(folder) / "features.parquet").is_file():
+                raise UserError(f"key `predict.others`: `{folder}` holds no features.parquet: name an audit's folder")
+
 
 @dataclass(frozen=True)
 class ExpectedConfig:
@@ -97,6 +110,16 @@ class ExpectedConfig:
     """Scheme -> a number of its row -> its value; `fp` for full precision."""
     within: dict[str, float] = field(default_factory=dict)
     """How far a number may be off: relative for `ppl`, else absolute."""
+
+    def __post_init__(self) -> None:
+        named = {str(parse_scheme(name)): row for name, row in self.rows.items()}
+        object.__setattr__(self, "rows", named)
+        if wrong := [name for name, row in named.items() if not row.get("ppl", 1) > 0]:
+            raise UserError(f"key `expected.rows.{wrong[0]}.ppl` is not above 0: give the published perplexity")
+
+
+def _names(schemes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(map(str, parse_schemes(",".join(schemes)))) if schemes else ()
 
 
 @dataclass(frozen=True)
@@ -146,12 +169,29 @@ class Study:
                 f"key `tokens.compare` is {self.tokens.compare}: give at most tokens.audit, {self.tokens.audit}"
             )
         check_distinct(self.perplexity)
-        if self.at and not self.dictionary:
-            raise UserError("key `at` names dictionaries at other points: name one for `point` too, with `dictionary`")
+        check_at_least(self, "", match=0)
+        if self.perplexity and self.tokens.source.startswith("npy:"):
+            raise UserError(
+                "key `perplexity` cuts the text anew, and npy: gives windows as they are: give a text source"
+            )
+        audited = _names(self.schemes)
+        for key, names in (("predict.schemes", self.predict.schemes), ("contexts.scheme", [self.contexts.scheme]),
+                           ("act.scheme", [self.act.scheme])):  # fmt: skip
+            if lacking := [name for name in names if name and name not in audited]:
+                raise UserError(f"key `{key}`: `{lacking[0]}` is not in the audit: add it to `schemes`")
+        self._check_points()
         if self.sae.skip:
             raise UserError("key `sae.skip` is for transcoders, which `qsae train --target` makes: leave it out")
         if self.dictionary and self.compare:
             raise UserError("key `compare` retrains, key `dictionary` takes what is there: leave one of them out")
+
+    def _check_points(self) -> None:
+        at = {str(Point.parse(point)): name for point, name in self.at.items()}
+        if len(at) < len(self.at) or str(Point.parse(self.point)) in at:
+            raise UserError("key `at` names a point twice, or the study's own: its dictionary is named by `dictionary`")
+        if at and not self.dictionary:
+            raise UserError("key `at` names dictionaries at other points: name one for `point` too, with `dictionary`")
+        object.__setattr__(self, "at", at)
 
 
 # Sized for 8 minutes on two slow cores: a matrix product at 110 GFLOP/s, of which most of the time is made.

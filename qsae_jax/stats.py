@@ -98,9 +98,14 @@ def percentile(value: float, drawn: ArrayLike, n: int, level: float = 0.95) -> I
     8 they hold the mean of normal numbers in 86 % of the trials, not 95. One group gives no interval, only NaN."""
     if n < 2:
         return Interval(float(value), np.nan, np.nan)
-    tail = norm.cdf(-np.sqrt(n / (n - 1)) * t.ppf((1 + level) / 2, n - 1))
-    low, high = np.quantile(np.asarray(drawn), [tail, 1 - tail])
+    low, high = np.quantile(np.asarray(drawn), tails(n, level))
     return Interval(float(value), float(low), float(high))
+
+
+def tails(n: int, level: float = 0.95) -> list[float]:
+    """The two percentiles of resamples of n groups, at least 2, that an interval takes."""
+    tail = float(norm.cdf(-np.sqrt(n / (n - 1)) * t.ppf((1 + level) / 2, n - 1)))
+    return [tail, 1 - tail]
 
 
 def about(value: float, drawn: ArrayLike, least: float = -np.inf, most: float = np.inf) -> np.ndarray:

@@ -6,6 +6,7 @@ key of everything that the stage depends on.
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,13 +65,15 @@ class Stages:
                 self.scheme: Job(self.scheme, s.train.seed),
                 f"fp-seed{s.train.reseed}": Job("fp", s.train.reseed),
             }
+        self.errors_at = [name for one in s.errors_at for name in expanded(one)]
         self.record = self._record()
 
     @cached_property
     def lm(self) -> LM:
         s = self.study
         lm = load_lm(s.model, s.dtype, self.mesh, s.processing)
-        check_point(lm, s.point)
+        for point in (s.point, *s.at, *self.errors_at):
+            check_point(lm, point)
         for scheme in (*self.schemes, *parse_schemes(self.scheme or "fp")):
             departures(lm, scheme)  # Refuses what the model has no weights for, before anything is trained.
         return lm
@@ -106,12 +109,15 @@ class Stages:
             files = [f"saes/{name}/{file}" for name in self.jobs for file in FILES]
             self._stage("train", training, files, self._train)
         audited = [*training, s.schemes, s.at, s.errors_at, s.match]
-        self._stage("audit", audited, ["audit.json", "features.parquet"], self._audit)
+        files = [f"{folder}{file}" for folder in ("", *(f"at/{point}/" for point in s.at))
+                 for file in ("audit.json", "features.parquet")]  # fmt: skip
+        self._stage("audit", audited, files, self._audit)
         self._questions(audited)
         if self.scheme:
             self._stage("compare", [*training, t.compare], ["compare.json"], self._compare)
         else:  # An earlier study's may lie here, and the page would tell it.
             (self.out / "compare.json").unlink(missing_ok=True)
+        write_json(self.out / "run.json", self.record)  # what was asked may have changed where nothing was to be done
         return write_report(self.out)
 
     def _questions(self, audited: list[Any]) -> None:
@@ -127,6 +133,9 @@ class Stages:
             file = folder / f"{name}.json"
             if wanted:
                 depends = [*audited, as_tables(s)[name]]
+                depends += [
+                    stamp_tokens(f"text:{one}/features.parquet") for one in s.predict.others * (name == "predict")
+                ]
                 self._stage(name, depends, [file.name], lambda file=file, answer=answer: write_json(file, answer()))
             else:
                 file.unlink(missing_ok=True)
@@ -204,17 +213,16 @@ class Stages:
 
     def _audit(self) -> None:
         s, windows = self.study, self._held_out(self.study.tokens.audit)
+        shutil.rmtree(self.out / "at", ignore_errors=True)  # points of an earlier study
         named = {s.point: s.dictionary or "saes/fp"} | s.at
         stored = {point: load_stored(name, self.mesh) for point, name in s.at.items()} | {s.point: self._main()}
         notes = [note for point, name in named.items() for note in self._notes(stored[point], name, point)]
-        errors = [name for one in s.errors_at for name in expanded(one)]
         found = audits(self.lm, {point: stored[point].sae for point in named}, windows, self.schemes,
-                       skip_first=s.tokens.skip_first, batch=s.batch, mesh=self.mesh, errors_at=errors, match=s.match,
-                       facts=self.facts | {"notes": [*self.facts["notes"], *notes]})  # fmt: skip
+                       skip_first=s.tokens.skip_first, batch=s.batch, mesh=self.mesh, errors_at=self.errors_at,
+                       match=s.match, facts=self.facts | {"notes": [*self.facts["notes"], *notes]})  # fmt: skip
         for (point, judged), name in zip(found.items(), named.values(), strict=True):
             judged.facts["sae"] = name
-            main = point == str(check_point(self.lm, s.point))
-            judged.write(self.out if main else make_folder(self.out / "at" / point))
+            judged.write(make_folder(self.out / "at" / point) if point in s.at else self.out)
 
     def _notes(self, stored: Stored, name: str, point: str) -> list[str]:
         """Where a given dictionary's own record differs from how it is used."""

@@ -7,6 +7,7 @@ import pytest
 from qsae_jax.cli import main
 from qsae_jax.files import read_json
 
+pytestmark = pytest.mark.slow
 STUDY = """
 model = "{folder}/model"
 point = "blocks.1.resid_post"
@@ -37,6 +38,7 @@ tokens = 160
 [predict]
 schemes = ["int2"]
 [contexts]
+scheme = "int2"
 features = 3
 tokens = 320
 [act]
@@ -93,7 +95,8 @@ def test_every_answer_is_there(done, capsys):
     again = ["run", str(done / "s.toml"), "--out", str(out)]
     assert main(again) == 0
     assert capsys.readouterr().out.count("already done, reused") == 7
-    assert main([*again, "--set", "act.features=0"]) == 0
+    assert main([*again, "--set", "act.features=0", "--set", "act.scheme=", "--set", "expected.source=somebody"]) == 0
+    assert "Source: somebody" in (out / "report.html").read_text()
     assert not (out / "act.json").exists() and (out / "contexts.json").exists()
     page = (out / "report.html").read_text()
     assert "Do features still act?" not in page and "Perplexity, properly" in page and "Published values" in page
@@ -102,6 +105,9 @@ def test_every_answer_is_there(done, capsys):
 def test_the_page_answers_every_question(done):
     """A section each, with a paragraph; and the expected values beside ours."""
     page = (done / "out" / "report.html").read_text()
+    row = read_json(done / "out" / "audit.json")["rows"][1]
+    cell = f"{100 * row['survived']:.1f} % [{100 * row['intervals']['survived'][0]:.3g}, "
+    assert cell in page and f"<td>{100 * row['causes']['noisy']:.1f} %</td>" in page
     for title in ("Published values", "Why features are lost", "Controls and intervals", "Who survives?",
                   "Where does the damage arise?", "The most damaged features in text"):  # fmt: skip
         assert f"<h2>{title}" in page, title
@@ -115,6 +121,10 @@ def test_the_page_answers_every_question(done):
         ("predict.schemes=int3", "`int3` is not in the audit"),
         ("act.scheme=int7", "`int7` is not in the audit"),
         ("contexts.features=-1", "features"),
+        ("contexts.features=0", "say at how many features"),
+        ("match=-3", "match"),
+        ("at.blocks.1.hook_resid_post=x", "the study's own"),
+        ("expected.rows={}", "table of keys"),
         ("errors_at=blocks.9.resid_post", "blocks 0 to 2"),
         ("tokens.source=npy:{}/tokens.npy", "cuts the text anew"),
         ("predict.others=/nowhere", "/nowhere"),
@@ -137,6 +147,7 @@ def test_a_study_says_what_it_was_asked(done):
     sae = f"{done}/out/saes/fp"
     argv = ["run", str(done / "s.toml"), "--out", str(done / "two"), "--set", f"dictionary={sae}"]
     argv += ["--set", f"at.blocks.0.resid_post={sae}", "--set", "act.features=0", "--set", "contexts.features=0"]
+    argv += ["--set", "act.scheme=", "--set", "contexts.scheme=", "--set", "expected.rows.int2=3"][:4]
     argv += ["--set", "predict.schemes=[]", "--set", "perplexity=[]", "--set", "schemes=int2,same"]
     assert main(argv) == 0
     here, there = (

@@ -3,10 +3,10 @@
     rotated    Another latent has taken over its direction: that latent's pre-activation in the twin follows the
                feature's full-precision value (correlation at least READ), better than the feature's own pre-activation
                does, and by at least GAINED more than it did at full precision.
-    silenced   It fires in the twin on fewer than SILENT of the tokens that it fires on at full precision.
-    flicker    Its pre-activations still follow, r_pre > 0.9: the direction is read as before, and what decides whether
-               it fires (a threshold, or the other latents) jumps.
-    blurred    None of these: its value follows, with noise, and so does its pre-activation.
+    silenced   Of the tokens that it fires on at full precision it fires in the twin on fewer than SILENT.
+    flicker    Its pre-activations still follow, r_pre > 0.9, but it fires on other tokens, Jaccard < 0.9: the direction
+               is read as before, and what decides whether it fires (a threshold, or the other latents) jumps.
+    noisy      None of these: its value follows with noise.
 
 The correlation of feature i's value with any latent's pre-activation needs no sums over pairs of latents: what an
 encoder reads is linear, so cov(z_i, pre_j) = e_j . cov(z_i, n) with the encoder's row e_j and the sums `read`.
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 
 from qsae_jax.audit.survival import SURVIVED, Survival
 
-CAUSES = ("rotated", "silenced", "flicker", "blurred")
+CAUSES = ("rotated", "silenced", "flicker", "noisy")
 READ, GAINED, SILENT, FOLLOWED = 0.5, 0.2, 0.1, 0.9
 BLOCK = 512
 """Features whose correlations with all latents are looked at together."""
@@ -32,15 +32,18 @@ class Readers(NamedTuple):
     r: Float[np.ndarray, "n"]
 
 
-def reading(survival: Survival, name: str, features: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n m"]:
-    """Correlation of some features' full-precision values with every latent's pre-activation in a run."""
+def reading(
+    survival: Survival, name: str, features: Int[np.ndarray, "n"], encoder: Float[np.ndarray, "m d"]
+) -> Float[np.ndarray, "n m"]:
+    """Correlation of some features' full-precision values with every latent's pre-activation in a run; `encoder` are
+    the dictionary's rows in float64."""
     t, base, n = survival.totals[name], survival.base, float(survival.base["n"])
     assert survival.shifts
     total = base["s"][features] + n * np.asarray(survival.shifts.z, np.float64)[features]
     moves = t["read"][features] - total[:, None] * t["reads"][None] / n
     spread = np.sqrt(np.maximum(base["ss"] - base["s"] ** 2 / n, 0))[features]
     other = np.sqrt(np.maximum(t["pp"] - t["p"] ** 2 / n, 0))
-    cov = moves @ np.asarray(survival.sae.encoder[...], np.float64).T
+    cov = moves @ encoder.T
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.nan_to_num(cov / (spread[:, None] * other[None]))
 
@@ -48,9 +51,10 @@ def reading(survival: Survival, name: str, features: Int[np.ndarray, "n"]) -> Fl
 def readers(survival: Survival, name: str, features: Int[np.ndarray, "n"]) -> Readers:
     """Which latent of a twin, if any, has taken over each of the features."""
     latents, correlations = np.full(len(features), -1), np.zeros(len(features))
+    encoder = np.asarray(survival.sae.encoder[...], np.float64)
     for start in range(0, len(features), BLOCK):
         some = features[start : start + BLOCK]
-        there, home = (reading(survival, run, some) for run in (name, survival.names[0]))
+        there, home = (reading(survival, run, some, encoder) for run in (name, survival.names[0]))
         own = np.take_along_axis(there, some[:, None], axis=1)
         took = (there >= READ) & (there > own) & (there - home >= GAINED)
         np.put_along_axis(took, some[:, None], False, axis=1)
@@ -69,8 +73,9 @@ def causes(survival: Survival, name: str) -> tuple[np.ndarray, Readers]:
     taken = readers(survival, name, some)
     latent, r = np.full(len(lost), -1), np.full(len(lost), np.nan)
     latent[some], r[some] = taken.latent, np.where(taken.latent >= 0, taken.r, np.nan)
-    silent = survival.totals[name]["fired"] < SILENT * base
-    why = np.select([latent >= 0, silent, found["r_pre"] > FOLLOWED], CAUSES[:3], CAUSES[3])
+    silent = survival.totals[name]["both"] < SILENT * base
+    flickers = (found["r_pre"] > FOLLOWED) & (found["jaccard"] < FOLLOWED)
+    why = np.select([latent >= 0, silent, flickers], CAUSES[:3], CAUSES[3])
     return np.where(lost, why, ""), Readers(latent, r)
 
 

@@ -116,7 +116,7 @@ def _at(threshold: float, r: Pair, drawn: Pair | None, groups: int) -> dict[str,
     n, (one, other, both) = len(r[0]), (int(count) for count in _counts(*r, threshold))
     whole = {key: float(value) for key, value in _figures(n, one, other, both).items()}
     draws = _figures(n, *_counts(*drawn, threshold)) if drawn else {}
-    ends = {key: _ends(whole[key], draws.get(key), groups) for key in ("jaccard", "above_chance")}
+    ends = {key: _ends(whole[key], draws.get(key), groups, least) for key, least in LEAST.items()}
     return (
         {"threshold": threshold, "one": one, "other": other, "both": both, "union": one + other - both} | whole | ends
     )

@@ -23,7 +23,7 @@ of the kind would give, the fitted models being the same.
 from collections.abc import Mapping
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -38,7 +38,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from qsae_jax.errors import UserError
-from qsae_jax.stats import Interval, about, percentile, resamples
+from qsae_jax.stats import Interval, percentile, resamples
 
 Columns = Mapping[str, np.ndarray]
 """Of one scheme, a value for every latent: `active`, `r`, `firing_rate`, `mean_activation`, `max_activation`."""
@@ -119,7 +119,9 @@ def auc(
     names, at = np.unique(groups, return_inverse=True)
     counts = _counts(len(names), DRAWS)
     drawn = [weighted_auc(score, label, counts[s : s + AT_ONCE][:, at]) for s in range(0, DRAWS, AT_ONCE)]
-    return percentile(value, about(value, np.concatenate(drawn)), len(names))
+    every = np.concatenate(drawn)
+    some = every[np.isfinite(every)]  # a resample of one class alone has no AUC
+    return percentile(value, some if 2 * len(some) > len(every) else [np.nan], len(names))
 
 
 def logistic() -> Any:
@@ -147,16 +149,20 @@ def _fold_of(label: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> In
     return fold
 
 
-def _held_out(model: Any, x: np.ndarray, label: np.ndarray, fold: np.ndarray, judged: Any = None) -> np.ndarray:
-    """The probability of survival that each feature is given by a model fitted to the other folds. `judged` are the
-    statistics of the same features in another table, which are judged in place of those fitted to."""
-    found, judged = np.zeros(len(label)), x if judged is None else judged
+def _held_out(
+    model: Any, x: np.ndarray, label: np.ndarray, fold: np.ndarray, judged: Any = None, theirs: Any = None
+) -> np.ndarray:
+    """The probability of survival that each feature is given by a model fitted to the other folds. `judged` are
+    statistics of another table, of the folds `theirs`, which are judged in place of those fitted to."""
+    judged, theirs = (x, fold) if judged is None else (judged, theirs)
+    found = np.zeros(len(judged))
     # Trees of so few rows are done sooner than threads meet, and beside other work threads wait for minutes.
     with threadpool_limits(1):
         for k in np.unique(fold):
-            out = fold == k
-            fresh: Any = clone(model)
-            found[out] = fresh.fit(x[~out], label[~out]).predict_proba(judged[out])[:, 1]
+            if np.any(theirs == k):
+                fresh: Any = clone(model)
+                fresh.fit(x[fold != k], label[fold != k])
+                found[theirs == k] = fresh.predict_proba(judged[theirs == k])[:, 1]
     return found
 
 
@@ -215,18 +221,23 @@ def paper_protocol(columns: Columns, *, folds: int = 5, seed: int = 0, threshold
     return _size(label) | {"auc": float(np.mean(found)), "sd": float(np.std(found)), "coefficients": weights}
 
 
+class Table(NamedTuple):
+    """The features of one audit under one scheme, the clusters `[m]` of its dictionary's latents, and a name that two
+    tables share when they are of one dictionary."""
+
+    columns: Columns
+    clusters: Int[np.ndarray, "m"]
+    dictionary: str
+
+
 def transfer(
-    tables: Mapping[str, Columns],
-    groups: Mapping[str, Int[np.ndarray, "n"]],
-    *,
-    folds: int = 5,
-    seed: int = 0,
-    threshold: float = 0.9,
+    tables: Mapping[str, Table], *, folds: int = 5, seed: int = 0, threshold: float = 0.9
 ) -> list[dict[str, Any]]:
-    """The logistic model of each table judged on each, itself included. Two tables with the same clusters, feature by
-    feature, are of the same features: a fold of the other's is then judged by what was fitted to this one's other
-    folds, so that no cluster is on both sides. Tables of different dictionaries are fitted to and judged as a whole."""
-    given = {name: (statistics(table)[1], survived(table, threshold)) for name, table in tables.items()}
+    """The logistic model of each table judged on each, itself included. Two tables of one dictionary hold the same
+    features, if not all of them are active in both: what is judged was then fitted to features of other folds, so that
+    no cluster is on both sides. Tables of different dictionaries are fitted to and judged as a whole."""
+    given = {name: (statistics(t.columns)[1], survived(t.columns, threshold)) for name, t in tables.items()}
+    groups = {name: t.clusters[np.asarray(t.columns["active"], bool)] for name, t in tables.items()}
     folded = {name: _fold_of(label, groups[name], folds, seed) for name, (_, label) in given.items()}
     found = []
     for one, other in product(tables, tables):
@@ -236,8 +247,10 @@ def transfer(
         if missing or isinstance(fold, str):
             found.append(row | {"reason": "; ".join(missing)})
             continue
-        if np.array_equal(groups[one], groups[other]):
-            p = _held_out(logistic(), x, label, fold, judged)
+        if tables[one].dictionary == tables[other].dictionary:
+            of = dict(zip(groups[one].tolist(), fold.tolist(), strict=True))
+            theirs = np.array([of.get(cluster, 0) for cluster in groups[other].tolist()])  # unseen: any model may judge
+            p = _held_out(logistic(), x, label, fold, judged, theirs)
         else:
             p = logistic().fit(x, label).predict_proba(judged)[:, 1]
         found.append(row | {"auc": auc(p, truth, groups[other]).as_dict()})

@@ -81,7 +81,7 @@ def cut(
     ids = np.lib.stride_tricks.sliding_window_view(stream, room)[::stride]
     scored = np.ones((len(ids), protocol.window - 1), np.float32)
     if protocol.stride:
-        scored[1:, : protocol.window - 1 - stride] = 0
+        scored[1:, : max(protocol.window - 1 - stride, 0)] = 0
     if each:
         ids = np.concatenate([np.broadcast_to(first, (len(ids), 1)), ids], axis=1)
     return Windows(np.ascontiguousarray(ids), source, each), scored

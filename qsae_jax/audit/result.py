@@ -88,7 +88,7 @@ def assemble(parts: Sequence[Told], marks: Mapping[str, Mapping[str, Any]], fact
     drawn = {name: one for part in parts for name, one in part.drawn.items()}
     columns = {name: one for part in parts for name, one in part.columns.items()}
     family = {name: str(marks[name]["family"]) for name in drawn}
-    near = {name: {name, family[name], str(marks[name]["of"])} for name in drawn}
+    near = {name: {name, family[name], str(marks[name]["of"])} - {""} for name in drawn}
     pairs = [
         (one, other) for one, other in combinations(drawn, 2) if len(drawn) <= ALL_PAIRS or near[one] & near[other]
     ]

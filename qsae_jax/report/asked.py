@@ -1,7 +1,9 @@
 """The questions that have a file of their own, each as a section: perplexity by protocol, who survives, damage by
 depth, texts, and whether features still act."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from qsae_jax.report import plots
 from qsae_jax.report.audited import rows_of
@@ -26,7 +28,8 @@ def protocols(results: Results) -> list[Part]:
         rows.append([scheme] + [t + ends(c, "delta_ppl", 100) * (scheme != "fp") for t, c in zip(told, cells)])  # noqa: B905
     agree = [[scheme] + [percent(of[name, scheme]["top1"]) for name in names] for scheme in schemes if scheme != "fp"]
     base = {name: of[name, "fp"]["ppl"] for name in names}
-    low, high = min(names, key=lambda n: base[n]), max(names, key=lambda n: base[n])
+    finite = [name for name in names if base[name] is not None] or names
+    low, high = (best(finite, key=lambda n: base[n] or 0) for best in (min, max))
     tops = [(row, row["intervals"]["delta_ppl"][1]) for row in found["rows"] if row["scheme"] != "fp"]
     better = [f"{row['scheme']} in {row['protocol']}" for row, top in tops if top is not None and top < 0]
     said = [f"Full precision has perplexity {number(base[low])} in {low} ({found['protocols'][low]}) and "
@@ -91,12 +94,21 @@ def _auc(got: float | Mapping[str, float]) -> float:
     return float(got["auc"]) if isinstance(got, Mapping) else float(got)
 
 
+def parts_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows in which one distortion takes one part of the model: of the distortion that takes most parts."""
+    heads: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if found := re.fullmatch(r"([^+\[]+)\[[^\]]+\]", row["scheme"]):
+            heads.setdefault(found[1], []).append(row)
+    return max(heads.values(), key=len, default=[])
+
+
 def where(results: Results) -> list[Part]:
     """Damage by depth, by block and by kind of matrix."""
     rows, parts = [row for row in rows_of(results) if row.get("errors")], []
     if rows and len(rows[0]["errors"]) > 1:
         parts.append(Part("depth", "Error of the activations at each point.", plots.depth(rows)))
-    some = [row for row in rows_of(results) if "[" in row["scheme"]]
+    some = parts_of([row for row in rows_of(results) if not row.get("control")])
     if len(some) > 2:
         worst = min(some, key=lambda row: row["survived"])
         said = [
@@ -108,10 +120,11 @@ def where(results: Results) -> list[Part]:
     if results.at and results.audit:
         audits = {results.audit["point"]: results.audit} | results.at
         schemes = [row["scheme"] for row in results.audit["rows"]]
+        of = {point: {row["scheme"]: row for row in one["rows"]} for point, one in audits.items()}
         heads = [("point", ""), ("active", "features"), *((name, "share that survives") for name in schemes)]
         table = [
             [point, f"{one['reference']['active']:,}"]
-            + [percent(row["survived"]) + ends(row, "survived", 100) for row in one["rows"]]
+            + [percent(row["survived"]) + ends(row, "survived", 100) for row in map(of[point].__getitem__, schemes)]
             for point, one in audits.items()
         ]
         said = ["Each point has a dictionary of its own: a difference between points is one of dictionaries too."]

@@ -57,12 +57,18 @@ def lost(results: Results) -> list[Part]:
     ]
 
 
+def related(pair: Mapping[str, Any], marks: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether one of two schemes is a control made for the other."""
+    one, other = pair["scheme"], pair["other"]
+    return marks[other].get("of") == one or marks[one].get("of") == other
+
+
 def controls(results: Results) -> list[Part]:
     """Whether a quantizer does more than a perturbation of the same size, paired over tokens."""
     pairs = (results.audit or {}).get("differences", [])
     marks = {row["scheme"]: row for row in rows_of(results)}
     some = [p for p in pairs if p["scheme"] in marks and p["other"] in marks]
-    some = [p for p in some if marks[p["other"]].get("of") == p["scheme"] or len(pairs) <= 15]
+    some = [p for p in some if len(pairs) <= 15 or related(p, marks)]
     if not some:
         return []
     heads = [("scheme", ""), ("less", "the scheme that is subtracted")]
@@ -96,7 +102,8 @@ def overlap(results: Results) -> list[Part]:
     """Whether two schemes lose the same features."""
     pairs = (results.audit or {}).get("overlap", [])
     marks = {row["scheme"]: row for row in rows_of(results)}
-    some = [p for p in pairs if marks.get(p["other"], {}).get("of") == p["scheme"] or len(pairs) <= 15]
+    some = [p for p in pairs if p["scheme"] in marks and p["other"] in marks]
+    some = [p for p in some if len(pairs) <= 15 or related(p, marks)]
     if not some:
         return []
     heads = [("scheme", ""), ("other", ""), ("lost at", "r at or below"), ("sets", "features lost by each, by both")]
@@ -128,7 +135,14 @@ def expected(results: Results) -> list[Part]:
     if not asked.get("rows") or not results.audit:
         return []
     ours = {row["scheme"]: row for row in results.audit["rows"]} | {"fp": results.audit["reference"]}
-    heads = [("scheme", ""), ("number", ""), ("published", ""), ("here", ""), ("off by", ""), ("within tolerance", "")]
+    heads = [
+        ("scheme", ""),
+        ("number", ""),
+        ("published", ""),
+        ("here", ""),
+        ("off by", "relative for perplexity, else the difference"),
+        ("within tolerance", ""),
+    ]
     rows, held = [], []
     for scheme, numbers in asked["rows"].items():
         for key, value in numbers.items():
@@ -137,7 +151,16 @@ def expected(results: Results) -> list[Part]:
             off = None if got is None else got / value - 1 if key == "ppl" else got - value
             verdict = "–" if off is None or within is None else "yes" if abs(off) <= within else "no"
             held += [verdict] * (verdict != "–")
-            rows.append([scheme, key, number(value, 5), number(got, 5), "–" if off is None else f"{off:+.3g}", verdict])
+            rows.append(
+                [
+                    scheme,
+                    key,
+                    number(value, 5),
+                    number(got, 5),
+                    "–" if off is None else f"{off:+.1%}" if key == "ppl" else f"{off:+.3g}",
+                    verdict,
+                ]
+            )
     said = [
         f"{held.count('yes')} of {len(held)} published numbers are within their tolerance. Source: {asked['source']}."
     ]

@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 
 from qsae_jax.report.figures import BLUE, CYCLE, FAINT, GREEN, ORANGE, PINK, RED, SKY, STYLE, drawing, spread, svg
 
-CAUSES = (("blurred", SKY), ("flicker", ORANGE), ("silenced", RED), ("rotated", PINK))
+CAUSES = (("noisy", SKY), ("flicker", ORANGE), ("silenced", RED), ("rotated", PINK))
 
 
 def causes(rows: Sequence[dict[str, Any]]) -> str:
@@ -81,7 +81,13 @@ def protocols(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
             for i, scheme in enumerate(schemes):
                 value, (low, high) = of[scheme]["delta_ppl"], of[scheme]["intervals"]["delta_ppl"]
                 if value is not None:
-                    ax.plot([low or value, high or value], [i, i], color=colour, lw=2.4, solid_capstyle="round")
+                    ax.plot(
+                        [value if low is None else low, value if high is None else high],
+                        [i, i],
+                        color=colour,
+                        lw=2.4,
+                        solid_capstyle="round",
+                    )
                     ax.plot(value, i, "o", color=colour, ms=5)
             ax.axvline(0, color=FAINT, lw=1, ls=":")
             ax.set_title(name)
@@ -122,11 +128,11 @@ def acting(features: Sequence[dict[str, Any]]) -> str:
     """Survival in reading beside survival in writing, one dot a feature."""
     with matplotlib.rc_context(STYLE):
         figure, axes = drawing(8.6, 3.6, 2, sharey=True)
-        for ax, what, colour in ((axes[0], "ablate", BLUE), (axes[1], "steer", GREEN)):
+        for ax, what, title, colour in ((axes[0], "ablate", "ablated", BLUE), (axes[1], "steer", "steered", GREEN)):
             some = [one for one in features if one[what]["r"] is not None and one["r"] is not None]
             ax.plot([one["r"] for one in some], [one[what]["r"] for one in some], "o", color=colour, ms=5, alpha=0.8)
             ax.plot([0, 1], [0, 1], color=FAINT, lw=1, ls=":")
-            ax.set(title=f"{what}d" if what == "ablate" else "steered", xlabel="reading: r of the feature's value")
+            ax.set(title=title, xlabel="reading: r of the feature's value")
             ax.grid(lw=0.7)
         axes[0].set_ylabel("writing: r of its effect on logits")
         return svg(figure, "acting")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qsae_jax.errors import UserError
-from qsae_jax.files import read_json
+from qsae_jax.files import read_features, read_json
 
 Columns = dict[str, np.ndarray]
 ANSWERS = ("perplexity", "predict", "contexts", "act")
@@ -46,23 +46,10 @@ def read_results(folder: Path) -> Results:
     if "audit" not in found and "compare" not in found:
         raise UserError(f"`{folder}` holds neither audit.json nor compare.json: run qsae audit or qsae compare first")
     features = folder / "features.parquet"
-    table = _features(features) if features.is_file() and "audit" in found else {}
+    table = read_features(features) if features.is_file() and "audit" in found else {}
     answers = {name: read_json(file) for name in ANSWERS if (file := folder / f"{name}.json").exists()}
     at = {file.parent.name: read_json(file) for file in sorted((folder / "at").glob("*/audit.json"))}
     return Results(**found, features=table, answers=answers, at=at, curves=_curves(folder / "train"))
-
-
-def _features(path: Path) -> dict[str, Columns]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"`{path}` is not a readable parquet file ({error}): run the audit again") from error
-    columns = {name: np.asarray(table.column(name)) for name in table.column_names}
-    schemes = columns.pop("scheme")
-    return {str(name): {k: v[schemes == name] for k, v in columns.items()} for name in dict.fromkeys(schemes)}
 
 
 def _curves(folder: Path) -> dict[str, list[dict[str, float]]]:

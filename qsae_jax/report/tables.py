@@ -152,7 +152,7 @@ def worst_scheme(results: Results) -> str | None:
     names = [row["scheme"] for row in rows]
     if wanted in names:
         return wanted
-    return max(rows, key=lambda row: row["damaged"] or 0)["scheme"] if rows else None
+    return max(rows, key=lambda row: (row["damaged"] or 0, -(row["survived"] or 0)))["scheme"] if rows else None
 
 
 def sentences(results: Results) -> list[str]:

@@ -15,7 +15,17 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from qsae_jax.audit import predict as module
-from qsae_jax.audit.predict import auc, clusters, deciles, paper_protocol, predict, statistics, transfer, weighted_auc
+from qsae_jax.audit.predict import (
+    Table,
+    auc,
+    clusters,
+    deciles,
+    paper_protocol,
+    predict,
+    statistics,
+    transfer,
+    weighted_auc,
+)
 from qsae_jax.errors import UserError
 from qsae_jax.stats import percentile, resamples
 
@@ -189,6 +199,16 @@ def test_look_alikes_are_not_judged_by_what_knows_them():
     assert apart["boosting"]["auc"]["value"] > 0.9
 
 
+def of_one(tables, groups, dictionary="one"):
+    """Tables of one dictionary, whose active latents are of these clusters."""
+    found = {}
+    for name, columns in tables.items():
+        whole = np.full(len(columns["active"]), -1)
+        whole[columns["active"]] = groups
+        found[name] = Table(columns, whole, dictionary)
+    return found
+
+
 @pytest.mark.parametrize(
     "survive, groups, reason",
     [
@@ -206,11 +226,11 @@ def test_too_little_to_judge_is_a_reason(survive, groups, reason):
     found = predict(columns, groups)
     assert set(found) == {"n", "positive", "reason"} and found["reason"].startswith(reason)
     assert found["n"] == 400 and found["positive"] == survive / 400
-    assert [row["reason"] for row in transfer({"a": columns}, {"a": groups})] == [f"a: {found['reason']}"]
+    assert [row["reason"] for row in transfer(of_one({"a": columns}, groups))] == [f"a: {found['reason']}"]
     assert ("reason" in paper_protocol(columns)) == (survive in (0, 4, 397))
     columns["r"] = np.where(np.arange(409) < 200, 0.95, 0.5)
     assert (
-        "reason" not in paper_protocol(columns) and "reason" not in transfer({"a": columns}, {"a": np.arange(400)})[0]
+        "reason" not in paper_protocol(columns) and "reason" not in transfer(of_one({"a": columns}, np.arange(400)))[0]
     )
 
 
@@ -262,12 +282,26 @@ def test_transfer_judges_no_feature_it_was_fitted_to(monkeypatch):
     monkeypatch.setattr(module, "logistic", Recorder)
     for groups, leaks in ((alike(columns), False), (np.arange(400), True)):
         monkeypatch.setattr(Recorder, "seen", [])
-        found = transfer(tables, dict.fromkeys(tables, groups))
+        found = transfer(of_one(tables, groups))
         assert [(row["trained_on"], row["judged_on"]) for row in found] == [
             (a, b) for a in ("int6", "int4") for b in ("int6", "int4")
         ]
         assert len(Recorder.seen) == 20 and any(fitted & judged for fitted, judged in Recorder.seen) == leaks
         assert all(judged for _, judged in Recorder.seen)
+
+
+def test_transfer_between_audits_with_other_active_features(monkeypatch):
+    """One dictionary on two texts: some features are active in one of them only, and still none is judged by what was
+    fitted to it or to its twin. Control: taken for two dictionaries, they are."""
+    columns = table(copies=4)
+    groups = np.full(409, -1)
+    groups[columns["active"]] = alike(columns)
+    fewer = columns | {"active": columns["active"] & (np.arange(409) % 7 > 0)}
+    monkeypatch.setattr(module, "logistic", Recorder)
+    for other, leaks in (("one", False), ("other", True)):
+        monkeypatch.setattr(Recorder, "seen", [])
+        transfer({"a": Table(columns, groups, "one"), "b": Table(fewer, groups, other)})
+        assert any(fitted & judged for fitted, judged in Recorder.seen) == leaks
 
 
 def test_transfer_between_schemes_of_one_dictionary():
@@ -279,7 +313,7 @@ def test_transfer_between_schemes_of_one_dictionary():
     other["max_activation"] = columns["max_activation"] * np.exp(np.abs(noise))  # as if seen on other tokens
     groups = alike(columns)
     found = {(row["trained_on"], row["judged_on"]): row for row in transfer(
-        {"a": columns, "b": other}, {"a": groups, "b": groups.copy()}, seed=3)}  # fmt: skip
+        of_one({"a": columns, "b": other}, groups), seed=3)}  # fmt: skip
     for name, one in (("a", columns), ("b", other)):
         assert found[name, name]["auc"] == predict(one, groups, seed=3)["logistic"]["auc"]
     (x, y), (_, truth), p = labelled(columns), labelled(other), np.zeros(120)
@@ -296,7 +330,7 @@ def test_transfer_between_dictionaries():
     """Fitted to all of one and judged on all of the other (1e-9). Control: their scales differ, and a scaler fitted to
     the judged table makes up for that."""
     one, other = table(n=200), table(n=160, seed=5, power=1.5)
-    rows = transfer({"a": one, "b": other}, {"a": np.arange(200), "b": np.arange(160)})
+    rows = transfer(of_one({"a": one}, np.arange(200), "one") | of_one({"b": other}, np.arange(160), "other"))
     (x, y), (judged, truth) = labelled(one), labelled(other)
     (row,) = (row for row in rows if (row["trained_on"], row["judged_on"]) == ("a", "b"))
     assert row["auc"]["value"] == pytest.approx(
