@@ -21,7 +21,6 @@ of the kind would give, the fitted models being the same.
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -103,12 +102,6 @@ def weighted_auc(
     return np.divide(wins, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
 
 
-@lru_cache(maxsize=2)
-def _counts(groups: int, draws: int) -> np.ndarray:
-    """The resamples of so many clusters, in bytes, for the next table of the same dictionary to use again."""
-    return resamples(groups, draws).astype(np.uint8)
-
-
 def auc(
     score: Float[np.ndarray, "n"], label: Bool[np.ndarray, "n"], groups: Int[np.ndarray, "n"] | None = None
 ) -> Interval:
@@ -117,7 +110,7 @@ def auc(
     if groups is None:
         return Interval(value, np.nan, np.nan)
     names, at = np.unique(groups, return_inverse=True)
-    counts = _counts(len(names), DRAWS)
+    counts = resamples(len(names), DRAWS).astype(np.uint8)
     drawn = [weighted_auc(score, label, counts[s : s + AT_ONCE][:, at]) for s in range(0, DRAWS, AT_ONCE)]
     every = np.concatenate(drawn)
     some = every[np.isfinite(every)]  # a resample of one class alone has no AUC
