@@ -28,7 +28,7 @@ def needs(source):
 
 
 def perplexity(lm, ids):
-    losses = Losses(["fp"])
+    losses = Losses(["fp"], len(ids))
     for batch, weight in in_order(Windows(ids, "", False), 2):
         losses.add([lm], [activations(lm, (FINAL,), batch)[0]], batch, weight)
     return losses.perplexity("fp")

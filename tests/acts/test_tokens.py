@@ -115,7 +115,7 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path, text, tokenizer):
         f"npy:{tmp_path}/none.npy": "not a readable .npy file",
         f"npy:{tmp_path}/half.npy": "not a readable .npy file",
         f"npy:{tmp_path}/many.npz": "expected int32",
-        "books": "`books` is unknown: give text:FILE, npy:FILE or stdlib-docs",
+        "books": "`books` is unknown: give text:FILE, npy:FILE, hf:DATASET or stdlib-docs",
     }
     for source, message in cases.items():
         with pytest.raises(UserError, match=message):
