@@ -316,6 +316,7 @@ def test_a_study_is_reused_and_redone_where_it_changed(inputs, tmp_path, capsys)
     assert (tmp_path / "out/compare.json").read_bytes() != first
 
 
+@pytest.mark.slow
 def test_a_study_without_a_comparison_and_with_a_dictionary(inputs, tmp_path, capsys):
     """One dictionary and no comparison; then its audit by another study, with braces, and nothing trained."""
     text = STUDY.format(folder=tmp_path, tokens=400).replace('compare = "int4"\n', "")

@@ -28,6 +28,7 @@ def train(tiny_folder, tiny_windows, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_kinds_and_seeds_on_one_stream(train, tmp_path, capsys):
     """Two twins, two kinds, two seeds: eight folders named by what differs, each saying its twin, seed and kind; and
     TensorBoard's files. Control: the seeds differ in weights."""
@@ -56,6 +57,7 @@ def test_kinds_and_seeds_on_one_stream(train, tmp_path, capsys):
     assert facts["latents"] == 32 and "fp" in json.dumps(facts)
 
 
+@pytest.mark.slow
 def test_a_transcoder_and_a_crosscoder(train, tmp_path, capsys):
     """From the stream to an MLP's output, the hook of what is written in the file; both twins side by side, with a
     table of its latents. Controls: audit refuses either in one line, and a crosscoder of one twin is refused."""

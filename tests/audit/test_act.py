@@ -119,6 +119,7 @@ def test_every_number_equals_the_slow_computation(rows, tiny_lm, twin, tiny_sae,
     assert far(rows[0], slow_row(lms, sae, windows, STREAM, FEATURES[0], changed_at=NEXT)) > 0.05
 
 
+@pytest.mark.slow
 def test_heads_and_a_dictionary_that_normalises(tiny_lm, twin, tiny_windows):
     """Activations `[b, s, heads, width]`; a feature is written at each token's scale."""
     windows, sae = tiny_windows(8), normed_sae()

@@ -90,6 +90,7 @@ def test_an_audit_with_matched_controls(tiny_lm, tiny_sae, tiny_windows):
     assert any(note.startswith("mxfp4: in rows of 16 the last group has 16 of 32") for note in facts["notes"])
 
 
+@pytest.mark.slow
 def test_groups_of_twins_change_nothing(tiny_lm, tiny_sae, tiny_windows, flat, monkeypatch):
     """One twin at a time or all at once: equal rows, features and reference. Control: another scheme's row differs."""
     from qsae_jax.audit import run

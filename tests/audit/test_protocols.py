@@ -41,6 +41,7 @@ def slow(lm, protocol):
     return math.exp(total / seen), seen
 
 
+@pytest.mark.slow
 def test_every_protocol_is_the_slow_loop(tiny_lm):
     """Perplexity within 1e-5, and as many scored tokens, for full precision and a twin. Controls: they differ."""
     cuts = {one: cut(one, STREAM, BOS, "text") for one in PROTOCOLS}
