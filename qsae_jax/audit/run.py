@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from qsae_jax.acts.tokens import Windows, check_windows, in_order, windows_per_forward
+from qsae_jax.audit.contexts import waited
 from qsae_jax.audit.match import Matching, sentences
 from qsae_jax.audit.perplexity import Losses
 from qsae_jax.audit.result import Audit, Told, assemble, tell
 from qsae_jax.audit.survival import Survival
-from qsae_jax.errors import Interrupted, UserError
+from qsae_jax.errors import UserError
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import FINAL, Point, activations, check_point, width_at
 from qsae_jax.mesh import free_bytes, make_mesh, on_data, return_freed
@@ -152,13 +153,7 @@ def _pass(
 def _seen(
     twins: Mapping[str, LM], wanted: tuple[Point, ...], tokens: Int[Array, "b s"], stopped: Callable[[], bool]
 ) -> dict[str, tuple[Array, ...]]:
-    found = {}
-    for name, twin in twins.items():
-        # Waited for: an interpreter that leaves while the device still works ends in a crash.
-        found[name] = jax.block_until_ready(activations(twin, wanted, tokens))
-        if stopped():
-            raise Interrupted("audit stopped; nothing is written, the same command begins it again")
-    return found
+    return {name: waited(activations(twin, wanted, tokens), stopped) for name, twin in twins.items()}
 
 
 def _counted(x: Float[Array, "b s ..."], skip_first: int) -> Float[Array, "b p d"]:

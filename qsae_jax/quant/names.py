@@ -36,18 +36,8 @@ EXAMPLES = (
     *("fp", "int8", "int7", "int6", "int5", "int4", "int3", "int2", "int4-g128", "int4-g32-asym", "int4-tensor"),
     *("int4-half", "int8-restricted", "int4-g32-signed_full", "int4-g128-mse", "int4-g64-hqq", "int4-stochastic#1"),
     *("int6-duan2026", "int4-g32-asym-scale_f16", "fp8_e4m3", "fp6_e3m2-tensor", "nf4", "nf4-double", "mxfp4"),
-    *(
-        "mxfp8-scale_rceil",
-        "nvfp4",
-        "q4_k",
-        "q6_k",
-        "bf16",
-        "same",
-        "prune0.2",
-        "noise@int4",
-        "permuted@int4",
-        "prune~int4",
-    ),
+    *("mxfp8-scale_rceil", "nvfp4", "q4_k", "q6_k", "bf16", "same", "prune0.2", "noise@int4"),
+    *("permuted@int4", "prune~int4"),
     *("int4[4-8]", "int8[mlp.down]+int4"),
 )
 

@@ -25,7 +25,9 @@ def protocols(results: Results) -> list[Part]:
     for scheme in schemes:
         cells = [of[name, scheme] for name in names]
         told = [number(c["ppl"], 5) if scheme == "fp" else change(c["delta_ppl"]) for c in cells]
-        rows.append([scheme] + [t + ends(c, "delta_ppl", 100) * (scheme != "fp") for t, c in zip(told, cells)])  # noqa: B905
+        rows.append(
+            [scheme] + [t + ends(c, "delta_ppl", 100) * (scheme != "fp") for t, c in zip(told, cells, strict=True)]
+        )
     agree = [[scheme] + [percent(of[name, scheme]["top1"]) for name in names] for scheme in schemes if scheme != "fp"]
     base = {name: of[name, "fp"]["ppl"] for name in names}
     finite = [name for name in names if base[name] is not None] or names
