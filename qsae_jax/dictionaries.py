@@ -5,11 +5,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 
 from qsae_jax.acts.stream import ActivationStream
 from qsae_jax.files import new_folder, staged_file
-from qsae_jax.sae.crosscoder import told_apart
+from qsae_jax.sae.crosscoder import tally, told_apart
 from qsae_jax.sae.fit import Job
 from qsae_jax.sae.formats import load_stored, save_sae
 from qsae_jax.sae.info import info as facts_of
@@ -31,8 +30,6 @@ def convert(given: Namespace) -> None:
 
 SCALED_ON = 16_384
 """Tokens of the training's stream on which a crosscoder's latents are told apart."""
-LONE = 0.3
-"""A twin has a latent of its own where no other twin's scale is above this share of its own."""
 
 
 def tell_apart(sae: SAE, job: Job, stream: ActivationStream, folder: Path) -> str:
@@ -46,11 +43,6 @@ def tell_apart(sae: SAE, job: Job, stream: ActivationStream, folder: Path) -> st
     columns = told_apart(sae, batches, names)
     with staged_file(folder / "latents.parquet") as draft:
         pq.write_table(pa.table(columns), draft)
-    betas = np.stack([columns[f"beta {name}"] for name in names])
-    seen = np.isfinite(betas).all(0)
-    lone = {
-        name: int(np.sum(seen & (np.delete(np.abs(betas), i, 0).max(0) < LONE * np.abs(betas[i]))))
-        for i, name in enumerate(names)
-    }
-    told = ", ".join(f"{count} of {name} alone" for name, count in lone.items())
-    return f"{seen.sum()} latents fired: {told}, {int(seen.sum()) - sum(lone.values())} shared (latent scaling)"
+    counts = tally(columns, names)
+    told = ", ".join(f"{counts[name]} of {name} alone" for name in names)
+    return f"{sum(counts.values())} latents fired: {told}, {counts['shared']} shared (latent scaling)"

@@ -66,6 +66,39 @@ class TrainTwiceConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class ArmsConfig:
+    """Arms beyond transferred, retrained and reseeded."""
+
+    adapt: int = 0
+    """Tokens from which the dictionary is adapted in closed form; 0 leaves these out."""
+    rank: int = 16
+    """Of the low-rank map among the adaptations."""
+    finetune: int = 0
+    """Tokens that it is fine-tuned on; 0 leaves this out."""
+    finetune_lr: float = 0.0
+    """Peak learning rate of that; 0 is `sae.lr`."""
+    budgets: tuple[int, ...] = ()
+    """Fewer tokens, for each of which one more dictionary is retrained, and fine-tuned: the budget curves."""
+    again: bool = False
+    """Retrain from `train.reseed` too: intervals then reach over both seeds."""
+    nonsense: bool = False
+    """A random dictionary and one of shuffled activations: what nonsense reaches."""
+    probes: bool = False
+    """Sparse probes on classes of tokens that their text tells."""
+    contexts: int = 0
+    """Latents of each fate, at most, that are shown in text."""
+    crosscoder: str = ""
+    """The scheme for which a crosscoder over both models is trained, whose view stands beside the matching."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "arms.", adapt=0, rank=1, finetune=0, finetune_lr=0, contexts=0)
+        object.__setattr__(self, "budgets", tuple(sorted(set(self.budgets))))
+        object.__setattr__(self, "crosscoder", self.crosscoder and str(parse_scheme(self.crosscoder)))
+        if self.budgets and self.budgets[0] < 1:
+            raise UserError(f"key `arms.budgets` holds {self.budgets[0]}: give numbers of tokens")
+
+
+@dataclass(frozen=True)
 class CloserConfig:
     """Single features, looked at more closely under one scheme of the audit."""
 
@@ -131,12 +164,13 @@ class Study:
     schemes: tuple[str, ...]
     """Schemes of the audit."""
     compare: str = ""
-    """The scheme whose model a dictionary is retrained on; without one nothing is compared."""
+    """The schemes, comma-separated, whose models dictionaries are retrained on; without one nothing is compared."""
     dictionary: str = ""
     """A dictionary that is there already, in place of training one: what `qsae sae info` takes."""
     tokens: TokensConfig = field(default_factory=TokensConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
     train: TrainTwiceConfig = field(default_factory=TrainTwiceConfig)
+    arms: ArmsConfig = field(default_factory=ArmsConfig)
     at: dict[str, str] = field(default_factory=dict)
     """Dictionaries at other points, judged in the same passes: point -> what `qsae sae info` takes."""
     errors_at: tuple[str, ...] = ()
@@ -180,10 +214,28 @@ class Study:
             if lacking := [name for name in names if name and name not in audited]:
                 raise UserError(f"key `{key}`: `{lacking[0]}` is not in the audit: add it to `schemes`")
         self._check_points()
+        self._check_arms()
         if self.sae.skip:
             raise UserError("key `sae.skip` is for transcoders, which `qsae train --target` makes: leave it out")
         if self.dictionary and self.compare:
             raise UserError("key `compare` retrains, key `dictionary` takes what is there: leave one of them out")
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The schemes of the comparison."""
+        return tuple(map(str, parse_schemes(self.compare))) if self.compare else ()
+
+    def _check_arms(self) -> None:
+        if any(parse_scheme(name).full for name in self.compared):
+            raise UserError("key `compare` is `fp`: name the scheme to compare full precision with, for example int4")
+        if self.arms != ArmsConfig() and not self.compare:
+            raise UserError("table `arms` needs key `compare`: name the scheme whose model it is about")
+        if self.arms.crosscoder and self.arms.crosscoder not in self.compared:
+            raise UserError(f"key `arms.crosscoder`: `{self.arms.crosscoder}` is not in `compare`: add it there")
+        if self.arms.budgets and self.arms.budgets[-1] >= self.train.tokens:
+            raise UserError(f"key `arms.budgets` goes up to {self.arms.budgets[-1]}: stay below train.tokens")
+        if self.arms.probes and self.tokens.source.startswith("npy:"):
+            raise UserError("key `arms.probes` reads the tokens' text, which npy: has none of: give a text source")
 
     def _check_points(self) -> None:
         at = {str(Point.parse(point)): name for point, name in self.at.items()}

@@ -90,7 +90,8 @@ def differences(
 
 def learned(job: Job, train: TrainConfig) -> dict[str, Any]:
     """What a dictionary's file says of its training. A crosscoder's widths hold its twins one after the other."""
-    facts = {"quantization": "+".join(job.twins), "seed": job.seed, "training_tokens": train.tokens}
+    facts = {"quantization": "+".join(job.twins), "seed": job.seed}
+    facts |= {"training_tokens": job.tokens or train.tokens} | ({"shuffled": True} if job.shuffled else {})
     facts |= {"crosscoder": job.twins} if len(job.twins) > 1 else {}
     facts |= {"trained_from": job.origin} if job.origin else {}
     return facts | ({"training": as_tables(job.config)} if job.config else {})

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -17,11 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from qsae_jax import questions
-from qsae_jax.acts.stream import ActivationStream
+from qsae_jax import arms, questions
 from qsae_jax.acts.tokens import Windows, load_windows
 from qsae_jax.audit.run import audits
-from qsae_jax.compare.transfer import compare
 from qsae_jax.config import as_tables, expanded
 from qsae_jax.errors import UserError
 from qsae_jax.files import make_folder, read_json, staged_file, write_json
@@ -31,15 +29,14 @@ from qsae_jax.lm.tap import check_point
 from qsae_jax.lm.tokenizer import load_tokenizer
 from qsae_jax.mesh import parse_mesh
 from qsae_jax.progress import progress
-from qsae_jax.quant.fake import departures, fake_quantize
+from qsae_jax.quant.fake import departures
 from qsae_jax.quant.scheme import parse_scheme, parse_schemes
 from qsae_jax.recipe import Study
-from qsae_jax.record import described, differences, learned, notes_on, origin, stamp, stamp_tokens
+from qsae_jax.record import described, differences, notes_on, stamp, stamp_tokens
 from qsae_jax.report import write_report
-from qsae_jax.sae.fit import Job, fit, forget_steps
-from qsae_jax.sae.formats import FILES, Stored, load_sae, load_stored, save_sae
+from qsae_jax.sae.fit import Job
+from qsae_jax.sae.formats import FILES, Stored, load_stored
 from qsae_jax.sae.formats.sources import find
-from qsae_jax.sae.model import SAE
 
 
 @dataclass
@@ -56,15 +53,8 @@ class Stages:
         if all(scheme.full for scheme in self.schemes):
             raise UserError("key `schemes` names only `fp`, which is the reference: add one to audit, for example int4")
         self.mesh = parse_mesh(s.mesh)
-        self.scheme = str(parse_scheme(s.compare)) if s.compare else ""
-        if self.scheme == "fp":
-            raise UserError("key `compare` is `fp`: name the scheme to compare full precision with, for example int4")
-        self.jobs = {"fp": Job("fp", s.train.seed)}
-        if self.scheme:
-            self.jobs |= {
-                self.scheme: Job(self.scheme, s.train.seed),
-                f"fp-seed{s.train.reseed}": Job("fp", s.train.reseed),
-            }
+        self.jobs = arms.trained(s)
+        self.finetuned = arms.finetuned(s)
         self.errors_at = [name for one in s.errors_at for name in expanded(one)]
         self.record = self._record()
 
@@ -74,7 +64,7 @@ class Stages:
         lm = load_lm(s.model, s.dtype, self.mesh, s.processing)
         for point in (s.point, *s.at, *self.errors_at):
             check_point(lm, point)
-        for scheme in (*self.schemes, *parse_schemes(self.scheme or "fp")):
+        for scheme in (*self.schemes, *map(parse_scheme, s.compared)):
             departures(lm, scheme)  # Refuses what the model has no weights for, before anything is trained.
         return lm
 
@@ -97,28 +87,41 @@ class Stages:
             s.point,
             as_tables(s.sae),
             {key: value for key, value in as_tables(s.train).items() if key != "log"},
-            self.scheme,
+            s.compared,
             t.skip_first,
             t.audit,
             s.mesh,
         ]
+        learnt = [*training, [[name, as_tables(job)] for name, job in self.jobs.items()]]
         self._stage("tokens", tokens, ["tokens.npy", "tokens.json"], self._tokens)
         if s.dictionary:
             training += [[one, stamp(str(find(one).folder))] for one in (s.dictionary, *s.at.values())]
         else:
-            files = [f"saes/{name}/{file}" for name in self.jobs for file in FILES]
-            self._stage("train", training, files, self._train)
+            self._stage("train", learnt, _files(self.jobs), lambda: self._train(self.jobs))
         audited = [*training, s.schemes, s.at, s.errors_at, s.match]
         files = [f"{folder}{file}" for folder in ("", *(f"at/{point}/" for point in s.at))
                  for file in ("audit.json", "features.parquet")]  # fmt: skip
         self._stage("audit", audited, files, self._audit)
         self._questions(audited)
-        if self.scheme:
-            self._stage("compare", [*training, t.compare], ["compare.json"], self._compare)
-        else:  # An earlier study's may lie here, and the page would tell it.
-            (self.out / "compare.json").unlink(missing_ok=True)
+        self._comparison(learnt)
         write_json(self.out / "run.json", self.record)  # what was asked may have changed where nothing was to be done
         return write_report(self.out)
+
+    def _comparison(self, learnt: list[Any]) -> None:
+        """Adapted and fine-tuned dictionaries, and the comparison of all; an earlier study's is taken away."""
+        s = self.study
+        if not s.compare:
+            (self.out / "compare.json").unlink(missing_ok=True)
+            shutil.rmtree(self.out / "compare", ignore_errors=True)
+            return
+        for name, some, work in (
+            ("adapt", arms.adaptations(s), self._adapt),
+            ("finetune", list(self.finetuned), lambda: self._train(self.finetuned)),
+        ):
+            if some:
+                self._stage(name, [*learnt, as_tables(s.arms), some], _files(some), work)
+        files = ["compare.json", *(f"compare/{scheme}.json" for scheme in s.compared[1:])]
+        self._stage("compare", [*learnt, s.tokens.compare, as_tables(s.arms)], files, self._compare)
 
     def _questions(self, audited: list[Any]) -> None:
         """What is asked beyond the audit; the answers of an earlier study are taken away."""
@@ -185,31 +188,21 @@ class Stages:
     def _held_out(self, tokens: int) -> Windows:
         return self.windows.part(0, max(tokens // self.windows.seq, 1))
 
-    def _train(self) -> None:
-        s, held = self.study, len(self._held_out(self.study.tokens.audit))
+    def _learnt_from(self) -> Windows:
+        held = len(self._held_out(self.study.tokens.audit))
         if len(self.windows) <= held:
             raise UserError(
                 f"tokens: {len(self.windows)} windows, {held} of them held out: nothing is left to train on"
             )
-        twins = {"fp": self.lm} | ({self.scheme: fake_quantize(self.lm, self.scheme)} if self.scheme else {})
-        stream = ActivationStream(
-            twins,
-            check_point(self.lm, s.point),
-            self.windows.part(held, len(self.windows)),
-            self.mesh,
-            batch=s.train.batch,
-            seed=s.train.shuffle,
-            skip_first=s.tokens.skip_first,
-            forward=s.batch,
-        )
-        saes = fit(stream, self.jobs, s.sae, s.train.tokens, self.out / "train", log=s.train.log)
-        for name, sae in saes.items():
-            facts = origin(s.model, s.processing, s.point, self.windows, s.tokens.skip_first, s.tokens.source)
-            save_sae(sae, self.out / "saes" / name, facts | learned(self.jobs[name], s.train))
-        forget_steps(self.out / "train")
+        return self.windows.part(held, len(self.windows))
 
-    def _sae(self, name: str) -> SAE:
-        return load_sae(self.out / "saes" / name, self.mesh)
+    def _train(self, jobs: dict[str, Job]) -> None:
+        s = self.study
+        arms.train(s, self.lm, self._learnt_from(), check_point(self.lm, s.point), self.mesh, jobs, self.out)
+
+    def _adapt(self) -> None:
+        s = self.study
+        arms.adapted(s, self.lm, self._learnt_from(), check_point(self.lm, s.point), self.mesh, self.out)
 
     def _audit(self) -> None:
         s, windows = self.study, self._held_out(self.study.tokens.audit)
@@ -236,12 +229,13 @@ class Stages:
 
     def _compare(self) -> None:
         s = self.study
-        windows = self._held_out(s.tokens.compare)
-        arms = dict(zip(("sae", "retrained", "reseeded"), (f"saes/{name}" for name in self.jobs), strict=True))
-        judged = compare(self.lm, self.scheme, self._sae("fp"), self._sae(self.scheme), windows, s.point,
-                         reseeded=self._sae(f"fp-seed{s.train.reseed}"), skip_first=s.tokens.skip_first,
-                         batch=s.batch, mesh=self.mesh, facts=self.facts | arms)  # fmt: skip
-        judged.write(self.out)
+        shutil.rmtree(self.out / "compare", ignore_errors=True)  # schemes of an earlier study
+        windows, point = self._held_out(s.tokens.compare), check_point(self.lm, s.point)
+        arms.compare(s, self.lm, windows, point, self.mesh, self.facts, self.out)
+
+
+def _files(dictionaries: Iterable[str]) -> list[str]:
+    return [f"saes/{name}/{file}" for name in dictionaries for file in FILES]
 
 
 def run_study(study: Study, out: str | Path, command: str = "") -> Path:

@@ -6,7 +6,9 @@ from pathlib import Path
 from qsae_jax import dictionaries
 from qsae_jax.acts.stream import ActivationStream
 from qsae_jax.acts.tokens import Windows, load_windows
+from qsae_jax.arms import rows_at
 from qsae_jax.audit.run import audit as run_audit
+from qsae_jax.compare import adapt, probe
 from qsae_jax.compare.transfer import compare as run_compare
 from qsae_jax.dictionaries import tell_apart
 from qsae_jax.errors import UserError
@@ -24,13 +26,14 @@ from qsae_jax.quant import scheme as scheme_names
 from qsae_jax.quant.fake import departures, fake_quantize, weight_errors
 from qsae_jax.quant.names import EXAMPLES
 from qsae_jax.quant.scheme import Scheme, parse_scheme, parse_schemes
-from qsae_jax.recipe import DEMO, read_study
+from qsae_jax.recipe import DEMO
 from qsae_jax.record import described, differences, hook_of, learned, notes_on, origin
 from qsae_jax.report import write_report
 from qsae_jax.sae.fit import fit, forget_steps
 from qsae_jax.sae.formats import Stored, load_stored, save_sae
 from qsae_jax.sae.settings import SAEConfig
 from qsae_jax.study import run_study
+from qsae_jax.sweep import read_studies, run_studies
 
 
 def demo(given: Namespace, command: str) -> None:
@@ -39,8 +42,11 @@ def demo(given: Namespace, command: str) -> None:
 
 def run(given: Namespace, command: str) -> None:
     path = Path(given.study)
-    study = read_study(path, given.set)
-    _tell(run_study(study, given.out or f"runs/{path.stem}", command))
+    studies, out = read_studies(path, given.set), given.out or f"runs/{path.stem}"
+    if list(studies) == [""]:
+        _tell(run_study(studies[""], out, command))
+    else:
+        print(f"sweep: {run_studies(studies, out, command)}")
 
 
 def audit(given: Namespace, command: str) -> None:
@@ -100,18 +106,32 @@ def compare(given: Namespace, command: str) -> None:
     if Path(given.sae).resolve() == Path(given.retrained).resolve():
         raise UserError(f"--sae and --retrained are both `{given.sae}`: give two dictionaries")
     out = make_folder(Path(given.out))
-    folders = {"sae": given.sae, "retrained": given.retrained, "reseeded": given.reseeded}
+    folders = {
+        name: getattr(given, name) for name in ("sae", "retrained", "reseeded", "again", "finetuned", "shuffled")
+    }
     stored = {name: load_stored(folder, mesh) for name, folder in folders.items() if folder}
+    saes = {name: one.sae for name, one in stored.items()}
     point = _point(given, stored["sae"])
     lm = load_lm(given.model, mesh=mesh, processing=given.processing)
     windows = _windows(given, lm)
-    wanted = {"sae": "fp", "retrained": str(scheme), "reseeded": "fp"}
-    notes = _notes(given, lm, windows, point, {folders[name]: (one, wanted[name]) for name, one in stored.items()})
-    facts = {"model": given.model, "notes": notes} | folders
-    reseeded = stored["reseeded"].sae if "reseeded" in stored else None
-    judged = run_compare(lm, scheme, stored["sae"].sae, stored["retrained"].sae, windows, point, reseeded=reseeded,
-                         skip_first=given.skip_first, batch=given.batch, mesh=mesh, facts=facts)  # fmt: skip
-    judged.write(out)
+    learnt = {"retrained": str(scheme), "again": str(scheme), "finetuned": str(scheme)}
+    used = {folders[name]: (one, learnt.get(name, "fp")) for name, one in stored.items()}
+    facts = {"model": given.model, "notes": _notes(given, lm, windows, point, used)} | folders
+    adapted, some = {}, -(-given.adapt // windows.seq)
+    if given.adapt:
+        if len(windows) <= some:
+            raise UserError(f"--adapt {given.adapt} takes all {len(windows)} windows: none is left to judge on")
+        told = {"mesh": mesh, "skip_first": given.skip_first, "batch": given.batch}
+        home, there = (rows_at(one, windows.part(0, some), check_point(lm, point), **told)
+                       for one in (lm, fake_quantize(lm, scheme)))  # fmt: skip
+        adapted, windows = dict(adapt.adapted(saes["sae"], home, there)), windows.part(some, len(windows))
+    adapted |= {"finetuned": saes["finetuned"]} if "finetuned" in saes else {}
+    labels = probe.labels(windows, load_tokenizer(given.model)) if given.probes else None
+    judged = run_compare(lm, scheme, saes["sae"], saes["retrained"], windows, point, reseeded=saes.get("reseeded"),
+                         adapted=adapted, again=saes.get("again"), labels=labels, skip_first=given.skip_first,
+                         nonsense={name: saes[name] for name in ("shuffled",) if name in saes},
+                         batch=given.batch, mesh=mesh, facts=facts)  # fmt: skip
+    judged.write(out / "compare.json")
     _record(given, command, out)
     print(judged.facts["verdict"]["choice"], "-", judged.facts["verdict"]["reason"])
     _tell(write_report(out))

@@ -19,7 +19,7 @@ FLOORS = [
     ["acts"],
     ["sae"],
     ["audit", "compare"],
-    ["report", "recipe", "record", "jobs", "questions", "study", "plan"],
+    ["report", "recipe", "record", "arms", "sweep", "jobs", "questions", "study", "plan"],
     ["verbs", "dictionaries"],
     ["cli", "__main__"],
 ]

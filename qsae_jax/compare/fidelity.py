@@ -2,11 +2,14 @@
 reconstruction spliced in, each as sums over groups of windows, from which intervals are drawn.
 
 CE recovered = (CE_zero - CE_sae) / (CE_zero - CE_clean), KL recovered = (KL_zero - KL_sae) / KL_zero with
-KL(clean || spliced) (SAEBench's core evaluation, zero ablation). Reconstruction and zeros replace the counted
-positions; positions that statistics leave out keep their own activations.
+KL(clean || spliced) (SAEBench's core evaluation, zero ablation); `_mean` is the same with each position's activation
+replaced by the mean of the counted ones, a milder ablation and so a lower score. Reconstruction, zeros and mean replace
+the counted positions; positions that statistics leave out keep their own activations. `loss` is what the model is left
+with: nats per predicted token with the reconstruction in place.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +27,9 @@ from qsae_jax.progress import Advance
 from qsae_jax.sae.measure import fvu
 from qsae_jax.sae.model import SAE
 from qsae_jax.stats import GROUPS, Grouped, Interval, Sums, bootstrap, group_of, jackknife
+
+AT_ONCE = 8
+"""Reconstructions whose logits exist together."""
 
 
 @jax.jit
@@ -54,6 +60,24 @@ def spread(x: Float[Array, "b s d"], skip: Float[Array, "s"], shift: Float[Array
     }
 
 
+def mean_of(
+    lm: LM, windows: Windows, point: Point, mesh: Mesh, skip_first: int = 1, batch: int = 0
+) -> Float[Array, "*d"]:
+    """The mean activation of the counted positions, of the shape that a token has."""
+    total, n = 0.0, 0
+    for ids, weight in in_order(windows, windows_per_forward(batch, windows, mesh)):
+        (x,) = activations(lm, (point,), on_data(ids, mesh))
+        total += np.asarray(_summed(x, jnp.asarray(weight, jnp.float32), skip_first), np.float64)
+        n += int(weight.sum()) * (windows.seq - skip_first)
+    return jnp.asarray(total / n, jnp.float32)
+
+
+@partial(jax.jit, static_argnames="skip_first")
+def _summed(x: Float[Array, "b s *d"], weight: Float[Array, "b"], skip_first: int) -> Float[Array, "*d"]:
+    w = weight.reshape((-1,) + (1,) * (x.ndim - 1))
+    return jnp.sum(jnp.sum(w * x[:, skip_first:].astype(jnp.float32), axis=1), axis=0)
+
+
 def judge(
     lm: LM,
     dictionaries: Mapping[str, SAE],
@@ -69,25 +93,32 @@ def judge(
     """Every dictionary on one model's activations, and spliced back into it, in one pass over the windows."""
     judged = {name: Grouped(min(GROUPS, len(windows))) for name in dictionaries}
     skip = jnp.asarray(np.arange(windows.seq) < skip_first, jnp.float32)
-    shift, seen = None, 0
+    mean = mean_of(lm, windows, point, mesh, skip_first, batch)
+    seen = 0
     for ids, weight in in_order(windows, windows_per_forward(batch, windows, mesh)):
         tokens = on_data(ids, mesh)
         x, clean = activations(lm, (point, FINAL), tokens)
-        shift = jnp.mean(counted_rows(x, skip_first).astype(jnp.float32), axis=0) if shift is None else shift
-        zeros = jnp.where(skip.reshape((1, -1) + (1,) * (x.ndim - 2)) > 0, x, 0)
-        spliced = {name: splice(sae, x, skip) for name, sae in dictionaries.items()}
-        finals = [clean]
-        for y in [zeros, *(y for y, _ in spliced.values())]:
-            finals.append(jax.block_until_ready(resume(lm, point, tokens, y)))
+        kept = skip.reshape((1, -1) + (1,) * (x.ndim - 2)) > 0
+        own: dict[str, dict[str, Array]] = {"zero": {}, "mean": {}}
+        finals: dict[str, Array] = {}
+        for name in [*own, *dictionaries]:
+            if name in dictionaries:
+                y, own[name] = splice(dictionaries[name], x, skip)
+            else:
+                y = jnp.where(kept, x, 0.0 if name == "zero" else mean[None, None].astype(x.dtype))
+            finals[name] = jax.block_until_ready(resume(lm, point, tokens, y))
             if stopped():
                 raise Interrupted("comparison stopped; nothing is written, the same command begins it again")
-        nll, kl, _ = jax.device_get(token_losses([lm] * len(finals), finals, tokens))
-        shared = jax.device_get(spread(x, skip, shift)) | {"clean": nll[0].sum(1, dtype=np.float64)}
-        shared |= {"zero": nll[1].sum(1, dtype=np.float64), "kl_zero": kl[1].sum(1, dtype=np.float64)}
+        losses = _losses(lm, clean, finals, tokens)
+        shared = jax.device_get(spread(x, skip, mean.reshape(-1))) | {"clean": losses["clean"][0]}
+        shared |= {"predicted": np.full(len(ids), windows.seq - 1.0)}
+        for name in ("zero", "mean"):
+            shared |= {name: losses[name][0], f"kl_{name}": losses[name][1]}
         real = int(weight.sum())
         groups = group_of(seen + np.arange(real), len(windows))
-        for i, (name, (_, own)) in enumerate(spliced.items(), start=2):
-            sums = shared | jax.device_get(own) | {"spliced": nll[i].sum(1), "kl_spliced": kl[i].sum(1)}
+        for name in dictionaries:
+            sums = shared | jax.device_get(own[name])
+            sums |= {"spliced": losses[name][0], "kl_spliced": losses[name][1]}
             judged[name].add(groups, **{key: value[:real] for key, value in sums.items()})
         seen += real
         if advance:
@@ -95,12 +126,70 @@ def judge(
     return judged
 
 
+def _losses(
+    lm: LM, clean: Array, finals: Mapping[str, Array], tokens: Array
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Loss and KL(clean, it) of each window, summed over tokens; AT_ONCE at a time, whose logits exist together."""
+    names, found = list(finals), {}
+    for start in range(0, len(names), AT_ONCE):
+        some = names[start : start + AT_ONCE]
+        nll, kl, _ = jax.device_get(
+            token_losses([lm] * (1 + len(some)), [clean, *(finals[name] for name in some)], tokens)
+        )
+        for name, *both in zip(["clean", *some], nll, kl, strict=True):
+            found[name] = tuple(one.sum(1, dtype=np.float64) for one in both)
+    return found
+
+
+def reconstruct(
+    lm: LM,
+    dictionaries: Mapping[str, SAE],
+    windows: Windows,
+    point: Point,
+    mesh: Mesh,
+    *,
+    skip_first: int = 1,
+    batch: int = 0,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Grouped]:
+    """What FVU and L0 are made of alone: the model runs up to the point only."""
+    judged = {name: Grouped(min(GROUPS, len(windows))) for name in dictionaries}
+    skip = jnp.asarray(np.arange(windows.seq) < skip_first, jnp.float32)
+    shift, seen = None, 0
+    for ids, weight in in_order(windows, windows_per_forward(batch, windows, mesh)):
+        (x,) = activations(lm, (point,), on_data(ids, mesh))
+        shift = jnp.mean(counted_rows(x, skip_first).astype(jnp.float32), axis=0) if shift is None else shift
+        shared = jax.device_get(spread(x, skip, shift))
+        real = int(weight.sum())
+        groups = group_of(seen + np.arange(real), len(windows))
+        for name, sae in dictionaries.items():
+            sums = shared | jax.device_get(splice(sae, x, skip)[1])
+            judged[name].add(groups, **{key: value[:real] for key, value in sums.items()})
+            if stopped():
+                raise Interrupted("comparison stopped; nothing is written, the same command begins it again")
+        seen += real
+    return judged
+
+
 def fvu_of(s: Sums) -> float:
     return fvu(s["error"], s["x"], s["xx"], s["n"])
 
 
-def ce_recovered(s: Sums) -> float:
-    return float((s["zero"] - s["spliced"]) / (s["zero"] - s["clean"]))
+def ce_recovered(s: Sums, ablation: str = "zero") -> float:
+    return float((s[ablation] - s["spliced"]) / (s[ablation] - s["clean"]))
+
+
+def kl_recovered(s: Sums, ablation: str = "zero") -> float:
+    return float((s[f"kl_{ablation}"] - s["kl_spliced"]) / s[f"kl_{ablation}"])
+
+
+def loss(s: Sums) -> float:
+    return float(s["spliced"] / s["predicted"])
+
+
+def added_loss(s: Sums) -> float:
+    """What the reconstruction costs the model, nats per token."""
+    return float((s["spliced"] - s["clean"]) / s["predicted"])
 
 
 def intervals(s: Sums) -> dict[str, Interval]:
@@ -118,8 +207,11 @@ MEASURES = {
     "l0": lambda s: float(s["active"] / s["n"]),
     "alive": lambda s: float((s["fired"] > 0).mean()),
     "dense": lambda s: float((s["fired"] > 0.1 * s["n"]).mean()),
+    "loss": loss,
     "ce_recovered": ce_recovered,
-    "kl_recovered": lambda s: float((s["kl_zero"] - s["kl_spliced"]) / s["kl_zero"]),
+    "kl_recovered": kl_recovered,
+    "ce_recovered_mean": lambda s: ce_recovered(s, "mean"),
+    "kl_recovered_mean": lambda s: kl_recovered(s, "mean"),
 }
 """`alive` is the share of latents that fire at all on the held-out tokens, `dense` of those that fire on more than
 a tenth of them."""

@@ -1,22 +1,16 @@
-"""Transferred against retrained: the arms, their numbers, and a first verdict.
+"""Transferred, adapted, retrained: the arms, each judged on both models and spliced back into both.
 
-    reference     the full-precision dictionary, on the full-precision model
-    transferred   the same dictionary, on the quantized model
-    retrained     a dictionary trained on the quantized model's activations, from the same seed and tokens
-    reseeded      the full-precision dictionary trained again from another seed: the floor for every difference
-
-Every dictionary is judged on both models. The rule of the verdict: let `gap` be FVU(transferred) - FVU(retrained) on
-the quantized model, with a bootstrap interval over groups of windows (paired: both see the same groups), and `floor`
-how far FVU(reseeded) may be from FVU(reference) on the full-precision model: the farther end of that difference's
-interval. **keep** when the interval's lower end does not clear the floor: retraining gains no more than a new seed
-changes; and when there is no interval, because there is no second group of windows. **retrain** when it does, and
-the retrained dictionary also recovers more of the model's loss (the interval of the difference in CE recovered lies
-above 0). **adapt** when the gap is real but the model's loss does not notice it: a cheap correction is enough to try
-first.
+reference     the full-precision dictionary, on the full-precision model
+transferred   the same dictionary, on the quantized model; `seed` is that of a second one
+adapted       carried over and adapted, cheapest first (adapt.py), and fine-tuned there on few tokens
+retrained     trained on the quantized model's activations, from the same seed and tokens
+reseeded      the full-precision dictionary trained again from another seed: the floor for every difference
+random        directions drawn at random, and
+shuffled      trained on activations whose coordinates do not belong together: what nonsense reaches
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +18,41 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qsae_jax.acts.tokens import Windows, check_windows
-from qsae_jax.compare.fidelity import MEASURES, intervals, judge
-from qsae_jax.compare.match import match
+from qsae_jax.compare.adapt import kept
+from qsae_jax.compare.curves import budget_curves, priced
+from qsae_jax.compare.fidelity import intervals, judge
+from qsae_jax.compare.likeness import beside_floor, figures, named, together
+from qsae_jax.compare.probe import accuracy, probe
+from qsae_jax.compare.verdict import verdict
 from qsae_jax.errors import UserError
 from qsae_jax.files import write_json
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import Point, check_point, width_at
-from qsae_jax.mesh import make_mesh
-from qsae_jax.progress import progress, stop_signal
+from qsae_jax.mesh import make_mesh, return_freed
+from qsae_jax.progress import Advance, progress, stop_signal
 from qsae_jax.quant.fake import fake_quantize
 from qsae_jax.quant.scheme import Scheme, parse_scheme
 from qsae_jax.sae.model import SAE, check_width
-from qsae_jax.stats import Grouped, Interval, Sums, bootstrap
+from qsae_jax.stats import Grouped, bootstrap
+
+NONSENSE = ("random", "shuffled")
+
+
+@dataclass(frozen=True)
+class Arms:
+    """What was trained or adapted for one scheme."""
+
+    retrained: SAE
+    adapted: Mapping[str, SAE] = field(default_factory=dict)
+    """By what was done, cheapest first."""
+    again: SAE | None = None
+    """Retrained from the second seed."""
+    curves: Mapping[str, Mapping[int, SAE]] = field(default_factory=dict)
+    """`retrained` and `finetuned` dictionaries by the tokens that they learnt from."""
+
+    @property
+    def own(self) -> dict[str, SAE]:
+        return {"retrained": self.retrained, **({"again": self.again} if self.again else {}), **self.adapted}
 
 
 @dataclass(frozen=True)
@@ -44,8 +61,108 @@ class Comparison:
 
     facts: dict[str, Any]
 
-    def write(self, folder: Path) -> None:
-        write_json(folder / "compare.json", self.facts)
+    def write(self, file: Path) -> None:
+        write_json(file, self.facts)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Sums of every dictionary on one model, and those of its probes, which have groups of their own."""
+
+    saes: Mapping[str, Grouped]
+    probes: Mapping[str, Grouped]
+
+    def fired(self, name: str) -> np.ndarray:
+        """On how many tokens each latent fired."""
+        return self.saes[name].sums["fired"].sum(0)
+
+    def of(self, scheme: str) -> "Judged":
+        """What every scheme shares, and what is this one's own, without its name."""
+        parts = [
+            {name.removeprefix(f"{scheme}/"): got for name, got in one.items()
+             if "/" not in name or name.startswith(f"{scheme}/")} for one in (self.saes, self.probes)
+        ]  # fmt: skip
+        return Judged(*parts)
+
+
+@dataclass
+class Comparing:
+    """Dictionaries of one point, on held-out windows."""
+
+    lm: LM
+    shared: Mapping[str, SAE]
+    """`sae`, and where there are any `reseeded`, `random`, `shuffled` and `fp-finetuned`: the same for every scheme."""
+    windows: Windows
+    point: Point
+    skip_first: int = 1
+    batch: int = 0
+    mesh: Mesh = field(default_factory=lambda: make_mesh(1, 1))
+    labels: np.ndarray | None = None
+    """The classes of tokens `[n, s, c]` that probes are to tell; none leaves them out."""
+    prices: Callable[[float], dict[str, float]] | None = None
+    """What so many tokens of training cost, by device."""
+    _stopped: Callable[[], bool] = field(default=lambda: False, repr=False)
+
+    def all(self, arms: Mapping[str, Arms], facts: Mapping[str, Any]) -> dict[str, Comparison]:
+        """A comparison for every scheme; the full-precision model judges all dictionaries in one pass."""
+        at_home = dict(self.shared)
+        for scheme, one in arms.items():
+            at_home |= {f"{scheme}/{name}": sae for name, sae in one.own.items()}
+        total, found = (1 + len(arms)) * len(self.windows) * self.windows.seq, {}
+        with progress(f"compare at {', '.join(arms)}", total) as advance, stop_signal() as stopped:
+            self._stopped = stopped
+            home = self._judged(self.lm, at_home, advance)
+            floor = self._alike(self.lm, "reseeded", self.shared.get("reseeded"), home, home)
+            for scheme, one in arms.items():
+                twin = fake_quantize(self.lm, scheme)
+                there = self._judged(twin, {**self.shared, **one.own}, advance)
+                found[scheme] = self._comparison(scheme, twin, one, home.of(scheme), there, floor, facts)
+                del twin
+                return_freed()
+        return found
+
+    def _judged(self, lm: LM, saes: Mapping[str, SAE], advance: Advance) -> Judged:
+        """Every dictionary on one model."""
+        where = (lm, saes, self.windows)
+        judged = judge(*where, self.point, self.mesh, **self._how, advance=advance)
+        labels = self.labels
+        return Judged(judged, {} if labels is None else probe(*where, labels, self.point, self.mesh, **self._how))
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"skip_first": self.skip_first, "batch": self.batch, "stopped": self._stopped}
+
+    def _alike(self, lm: LM, name: str, other: SAE | None, home: Judged, there: Judged) -> dict[str, float] | None:
+        """Likeness of the dictionary at home and another where it is."""
+        if other is None:
+            return None
+        pair = self.shared["sae"], other
+        r = together((self.lm, lm), pair, self.windows, self.point, self.mesh, **self._how)
+        return figures(*pair, (home.fired("sae"), there.fired(name)), r)
+
+    def _comparison(
+        self,
+        scheme: str,
+        twin: LM,
+        arms: Arms,
+        home: Judged,
+        there: Judged,
+        floor: dict[str, float] | None,
+        facts: Mapping[str, Any],
+    ) -> Comparison:
+        sae, fired = self.shared["sae"], (home.fired("sae"), there.fired("retrained"))
+        where = (self.windows, self.point, self.mesh)
+        curves = budget_curves(twin, arms.curves, there.saes["sae"], *where, **self._how)
+        directions = {name: kept(sae, one) for name, one in arms.adapted.items()}
+        head = {"model": "", "processing": self.lm.config.processing, "point": str(self.point), "scheme": scheme}
+        head |= {"notes": []} | dict(facts) | {"tokens": self.windows.described(self.skip_first)}
+        head["rows"] = _rows({"fp": home, scheme: there}, scheme)
+        alike = self._alike(twin, "retrained", arms.retrained, home, there)
+        head["matching"] = beside_floor(alike or {}, floor)
+        head["fates"] = named(sae, arms.retrained, fired)
+        head["curves"] = curves
+        price = priced(curves, self.prices)
+        return Comparison(head | {"verdict": verdict(home.saes, there.saes, scheme, directions, price)})
 
 
 def compare(
@@ -57,97 +174,77 @@ def compare(
     point: str | Point,
     *,
     reseeded: SAE | None = None,
+    adapted: Mapping[str, SAE] | None = None,
+    again: SAE | None = None,
+    nonsense: Mapping[str, SAE] | None = None,
+    labels: np.ndarray | None = None,
     skip_first: int = 1,
     batch: int = 0,
     mesh: Mesh | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Comparison:
-    """Judge a full-precision dictionary against one retrained on the quantized model, on held-out windows."""
-    point, scheme, mesh = check_point(lm, point), parse_scheme(scheme), mesh or make_mesh(1, 1)
-    if scheme.full:
-        raise UserError("compare at `fp`: name the scheme to compare full precision with, for example int4")
+    """Judge a full-precision dictionary against one retrained on the quantized model, on held-out windows, and where
+    given: adapted ones (adapt.adapted), both from another seed (`reseeded`, `again`), and nonsense. `labels` are the
+    classes of tokens that sparse probes are to tell (probe.labels)."""
+    name = str(parse_scheme(scheme))
+    arms = Arms(retrained, adapted or {}, again)
+    shared = {"sae": sae} | ({"reseeded": reseeded} if reseeded else {}) | dict(nonsense or {})
+    found = compares(lm, {name: arms}, shared, windows, point, labels=labels, skip_first=skip_first, batch=batch,
+                     mesh=mesh, facts=facts)  # fmt: skip
+    return found[name]
+
+
+def compares(
+    lm: LM,
+    arms: Mapping[str, Arms],
+    shared: Mapping[str, SAE],
+    windows: Windows,
+    point: str | Point,
+    *,
+    labels: np.ndarray | None = None,
+    prices: Callable[[float], dict[str, float]] | None = None,
+    skip_first: int = 1,
+    batch: int = 0,
+    mesh: Mesh | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Comparison]:
+    """The same for several schemes, which share what was trained at full precision."""
+    point, mesh = check_point(lm, point), mesh or make_mesh(1, 1)
+    for scheme in arms:
+        if parse_scheme(scheme).full:
+            raise UserError("compare at `fp`: name the scheme to compare full precision with, for example int4")
     check_windows(windows, skip_first, lm.config.context)
-    saes = {"sae": sae, "retrained": retrained} | ({"reseeded": reseeded} if reseeded else {})
-    for one in saes.values():
+    for one in [*shared.values(), *(sae for each in arms.values() for sae in each.own.values())]:
         check_width(one, width_at(lm, point), str(point))
-    models = {"fp": lm, str(scheme): fake_quantize(lm, scheme)}
-    with progress(f"compare at {scheme}", 2 * len(windows) * windows.seq) as advance, stop_signal() as stopped:
-        told = {"skip_first": skip_first, "batch": batch, "advance": advance, "stopped": stopped}
-        judged = {name: judge(model, saes, windows, point, mesh, **told) for name, model in models.items()}
-    rows = _rows(judged, str(scheme))
-    alive = {name: _alive(judged[_home(name, str(scheme))][name]) for name in saes}
-    matching = _matching(saes, alive)
-    head = {
-        "model": "",
-        "processing": lm.config.processing,
-        "point": str(point),
-        "scheme": str(scheme),
-        "notes": [],
-    } | dict(facts or {})
-    tokens = {"tokens": windows.described(skip_first)}
-    return Comparison(head | tokens | {"rows": rows, "matching": matching, "verdict": verdict(judged, str(scheme))})
+    comparing = Comparing(lm, shared, windows, point, skip_first, batch, mesh, labels, prices)
+    return comparing.all(arms, facts or {})
 
 
-def _home(name: str, scheme: str) -> str:
-    return scheme if name == "retrained" else "fp"
+ORDER = ("reference", "transferred", "adapted", "retrained", "reseeded", *NONSENSE)
 
 
-def _alive(judged: Grouped) -> np.ndarray:
-    return judged.sums["fired"].sum(0) > 0
-
-
-def _rows(judged: Mapping[str, Mapping[str, Grouped]], scheme: str) -> list[dict[str, Any]]:
+def _rows(judged: Mapping[str, Judged], scheme: str) -> list[dict[str, Any]]:
     rows = []
-    for judged_on, dictionaries in judged.items():
-        for name, one in dictionaries.items():
-            arm = {"sae": "reference" if judged_on == "fp" else "transferred"}.get(name, name)
-            numbers = {key: got.as_dict() for key, got in intervals(one.sums).items()}
-            rows.append({"arm": arm, "trained_on": _home(name, scheme), "judged_on": judged_on} | numbers)
-    order = ("reference", "transferred", "retrained", "reseeded")
-    return sorted(rows, key=lambda row: order.index(row["arm"]))
+    for judged_on, one in judged.items():
+        for name, got in one.saes.items():
+            arm, how, trained_on = _arm(name, judged_on, scheme)
+            numbers = {key: value.as_dict() for key, value in intervals(got.sums).items()}
+            if name in one.probes:
+                numbers["probe"] = bootstrap({"probe": accuracy}, one.probes[name].sums)["probe"].as_dict()
+            rows.append({"arm": arm, "how": how, "trained_on": trained_on, "judged_on": judged_on} | numbers)
+    return sorted(rows, key=lambda row: ORDER.index(row["arm"]))
 
 
-def _matching(saes: Mapping[str, SAE], alive: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
-    """Each figure for (full precision, retrained), beside the same for (full precision, reseeded)."""
-    value = match(saes["sae"], saes["retrained"], alive["sae"], alive["retrained"])
-    floor: dict[str, Any] = dict.fromkeys(value)
-    if "reseeded" in saes:
-        floor = match(saes["sae"], saes["reseeded"], alive["sae"], alive["reseeded"])
-    return {name: {"value": value[name], "floor": floor[name]} for name in value}
-
-
-def _difference(one: Grouped, other: Grouped, name: str) -> Interval:
-    """A measure of one dictionary minus that of another, with groups drawn together."""
-    both = {f"a.{k}": v for k, v in one.sums.items()} | {f"b.{k}": v for k, v in other.sums.items()}
-
-    def gap(s: Sums) -> float:
-        a, b = ({k[2:]: v for k, v in s.items() if k.startswith(side)} for side in ("a.", "b."))
-        return MEASURES[name](a) - MEASURES[name](b)
-
-    return bootstrap({name: gap}, both)[name]
-
-
-def verdict(judged: Mapping[str, Mapping[str, Grouped]], scheme: str) -> dict[str, Any]:
-    """keep, adapt or retrain, by the rule in this module's docstring."""
-    there, home = judged[scheme], judged["fp"]
-    gap = _difference(there["sae"], there["retrained"], "fvu")
-    gain = _difference(there["retrained"], there["sae"], "ce_recovered")
-    floor, seed = 0.0, "no second seed was given, so that the floor is taken as 0"
-    if "reseeded" in home:
-        change = _difference(home["reseeded"], home["sae"], "fvu")
-        floor = max(abs(change.low), abs(change.high))
-        seed = f"a new seed alone changes it by {change.value:+.4f}, at most {floor:.4f}"
-    said = f"On {scheme}, retraining lowers FVU by {gap.value:.4f} [{gap.low:.4f}, {gap.high:.4f}]; {seed}"
-    loss = f"CE recovered changes by {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
-    if gap.low != gap.low:
-        choice, because = (
-            "keep",
-            "one window gives no interval, so nothing speaks for a change: judge on more tokens",
-        )
-    elif not gap.low > floor:
-        choice, because = "keep", "the gain does not clear what a new seed changes"
-    elif gain.low > 0:
-        choice, because = "retrain", "the gain clears the floor and the model's loss notices it"
-    else:
-        choice, because = "adapt", "the gain clears the floor but the model's loss does not notice it"
-    return {"choice": choice, "reason": f"{said}; {loss}: {because}.", "interval": [gap.low, gap.high], "floor": floor}
+def _arm(name: str, judged_on: str, scheme: str) -> tuple[str, str, str]:
+    """How a dictionary is called, what was done to it, and whose activations it learnt."""
+    if name == "sae":
+        return ("reference" if judged_on == "fp" else "transferred"), "", "fp"
+    if name == "fp-finetuned":
+        return "adapted", "finetuned at home", "fp"
+    if name == "again":
+        return "retrained", "another seed", scheme
+    if name == "retrained":
+        return name, "", scheme
+    if name == "reseeded":
+        return name, "", "fp"
+    return (name, "", "") if name in NONSENSE else ("adapted", name, "fp")

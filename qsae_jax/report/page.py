@@ -25,6 +25,7 @@ VERDICTS = {
     "keep": "Keep the dictionary",
     "adapt": "Adapt the dictionary",
     "retrain": "Retrain the dictionary",
+    "unsure": "Not enough data to say",
 }
 
 

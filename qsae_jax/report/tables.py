@@ -106,17 +106,35 @@ def arms_table(compare: dict[str, Any]) -> Table:
     return Table(heads, rows)
 
 
+MATCHING = {
+    "mmcs": ("mean max cosine", "over latents of the full-precision dictionary"),
+    "mnn_0.5": ("mutual nearest neighbours, 0.5", "share that choose each other at that cosine"),
+    "mnn": ("mutual nearest neighbours, 0.7", "the same"),
+    "mnn_0.9": ("mutual nearest neighbours, 0.9", "the same"),
+    "assigned": ("assigned alike", "share whose best one-to-one partner agrees by decoder and by encoder"),
+    "act_r": ("mean max correlation", "of codes on the same tokens; the largest of many is above 0 by chance"),
+    "act_same": ("correlated", "share with a correlation of at least 0.7"),
+    "lost": ("lost", "share without a partner at cosine 0.7"),
+    "split": ("split", "share that several latents of the other have for a nearest"),
+    "new": ("new", "share of the other's without a partner"),
+    "merged": ("merged", "share of the other's that are nearest to several"),
+}
+
+
 def matching_table(compare: dict[str, Any]) -> Table:
     """Do the two dictionaries hold the same directions, beside two seeds of one."""
-    names = {
-        "mmcs": ("mean max cosine", "over latents of the full-precision dictionary"),
-        "mnn": ("mutual nearest neighbours", "share with cosine >= 0.7 that choose each other"),
-        "assigned": ("assigned alike", "share whose best one-to-one partner agrees by decoder and by encoder"),
-    }
-    rows = [[names[k][0], number(v["value"], 3), number(v["floor"], 3)] for k, v in compare["matching"].items()]
-    return Table(
-        [("measure", ""), ("retrained", "full precision against retrained"), ("seed floor", "two seeds")], rows
-    )
+    rows = [
+        [*MATCHING[k], *(number(v[side], 3) for side in ("value", "floor"))]
+        for k, v in compare["matching"].items()
+        if k in MATCHING
+    ]
+    heads = [
+        ("measure", ""),
+        ("of", ""),
+        ("retrained", "full precision against retrained"),
+        ("seed floor", "two seeds"),
+    ]
+    return Table(heads, rows)
 
 
 def worst_table(columns: Columns, counted: int) -> Table:

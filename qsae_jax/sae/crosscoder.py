@@ -6,7 +6,7 @@ those of one model. Twins that differ by quantization are almost the same: judge
 (noise of matched size, another seed), never alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -80,3 +80,19 @@ def told_apart(sae: SAE, batches: Iterable[Float[Array, "b d"]], names: Sequence
     columns = {"feature": np.arange(sae.latents), "firing_rate": counts / max(n, 1)}
     columns |= {f"relative_norm {name}": norms[i] for i, name in enumerate(names)}
     return columns | {f"beta {name}": betas[i] for i, name in enumerate(names)}
+
+
+LONE = 0.3
+"""A twin has a latent of its own where no other twin's scale is above this share of its own."""
+
+
+def tally(columns: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, int]:
+    """How many of the latents that fired are one twin's alone, by its name, and how many are `shared`, from what
+    `told_apart` gives. Twins of one model share nearly all latents, and a handful of rare ones look lone by chance."""
+    betas = np.stack([columns[f"beta {name}"] for name in names])
+    seen = np.isfinite(betas).all(0)
+    lone = {
+        name: int(np.sum(seen & (np.delete(np.abs(betas), i, 0).max(0) < LONE * np.abs(betas[i]))))
+        for i, name in enumerate(names)
+    }
+    return lone | {"shared": int(seen.sum()) - sum(lone.values())}

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from qsae_jax.acts.stream import ActivationStream
 from qsae_jax.config import LARGEST, as_tables
@@ -46,6 +47,10 @@ class Job:
     """More twins, which a crosscoder reads side by side with the first."""
     origin: str = ""
     """The dictionary that it goes on from, by name."""
+    tokens: int = 0
+    """Activations after which it is done, with a schedule of its own; 0 is all of the training's."""
+    shuffled: bool = False
+    """Each coordinate of its batches is shuffled among the rows by itself: what is left to learn is nonsense."""
 
     @property
     def twins(self) -> list[str]:
@@ -75,11 +80,8 @@ def fit(
 
     States that an interrupted call kept in the folder are gone on from, if they were made under the same settings."""
     check_kinds(log)
-    steps = tokens // stream.batch
-    if steps < 1:
-        raise UserError(
-            f"train.tokens {tokens} is less than one batch of {stream.batch}: raise it or lower train.batch"
-        )
+    steps = {name: _steps(job, tokens, stream.batch) for name, job in jobs.items()}
+    most = max(steps.values())
     settings = _settings(stream, jobs, config, tokens)
     make_folder(folder)
     with Steps(folder / "steps") as kept:
@@ -88,7 +90,7 @@ def fit(
         if kept.latest is not None:
             _same(settings, folder)
         states = _begin(first, stream, jobs, config, steps, initial or {})
-        stream.taken, stream.until = 0, steps * stream.batch
+        stream.taken, stream.until = 0, most * stream.batch
         if kept.latest is None:
             write_json(folder / SETTINGS, settings)
             _forget_logs(folder, jobs)
@@ -100,6 +102,12 @@ def fit(
         with closing(Logs(folder, list(jobs), stream.taken, log)) as logs:
             states = work.done(states, logs)
     return {name: finished(state, work.configs[name]) for name, state in states.items()}
+
+
+def _steps(job: Job, tokens: int, batch: int) -> int:
+    if (steps := (job.tokens or tokens) // batch) < 1:
+        raise UserError(f"train.tokens {tokens} is less than one batch of {batch}: raise it or lower train.batch")
+    return steps
 
 
 def forget_steps(folder: Path) -> None:
@@ -139,7 +147,7 @@ def _begin(
     stream: ActivationStream,
     jobs: Mapping[str, Job],
     config: SAEConfig,
-    steps: int,
+    steps: Mapping[str, int],
     initial: Mapping[str, SAE],
 ) -> dict[str, TrainState]:
     if unknown := sorted({twin for job in jobs.values() for twin in job.twins} - set(first)):
@@ -147,7 +155,7 @@ def _begin(
     states = {}
     for name, job in jobs.items():
         how, x = job.config or config, job.seen(first)
-        latents = initial[name].latents if name in initial else x[0].shape[-1] * how.expansion
+        latents = initial[name].latents if name in initial else max(round(x[0].shape[-1] * how.expansion), 1)
         y = job.aims(first)
         widths = [sum(part.shape[-1] for part in side) for side in (x, x if y is None else y)]
         if name in initial and [initial[name].d, initial[name].d_out] != widths:
@@ -157,7 +165,7 @@ def _begin(
                 f"{widths[1]}: take the points that it was trained on"
             )
         _check_fits(how, latents, stream.batch, y is not None)
-        states[name] = start(how, x, latents, steps, job.seed, stream.mesh, y, initial.get(name))
+        states[name] = start(how, x, latents, steps[name], job.seed, stream.mesh, y, initial.get(name))
     return states
 
 
@@ -181,41 +189,45 @@ class _Work:
     stream: ActivationStream
     jobs: Mapping[str, Job]
     configs: Mapping[str, SAEConfig]
-    steps: int
+    steps: Mapping[str, int]
     kept: Steps
 
     def __post_init__(self) -> None:
-        kinds = {name: (config, len(self.jobs[name].twins)) for name, config in self.configs.items()}
-        made = {kind: make_step(kind[0], self.steps, self.stream.mesh, kind[1]) for kind in set(kinds.values())}
+        kinds = {name: (config, self.steps[name], len(self.jobs[name].twins)) for name, config in self.configs.items()}
+        made = {kind: make_step(*kind[:2], self.stream.mesh, kind[2]) for kind in set(kinds.values())}
         self.step: dict[str, Step] = {name: made[kind] for name, kind in kinds.items()}
 
     def done(self, states: dict[str, TrainState], logs: Logs) -> dict[str, TrainState]:
         stream, batch = self.stream, self.stream.batch
-        at, last = stream.taken // batch, time.monotonic()
-        with progress(f"train {', '.join(self.jobs)}", self.steps * batch) as advance, stop_signal() as stopped:
+        at, last, most, took = stream.taken // batch, time.monotonic(), max(self.steps.values()), 0.0
+        with progress(_title(self.jobs), most * batch) as advance, stop_signal() as stopped:
             advance(at * batch)
             began = time.monotonic()
-            for done in range(at + 1, self.steps + 1):
-                metrics = self._once(states)
-                if done % LOG_EVERY == 0 or done == self.steps:
+            for done in range(at + 1, most + 1):
+                metrics = self._once(done, states)
+                if done % LOG_EVERY == 0 or done in self.steps.values():
                     logs.take(done * batch, metrics, (done - at) * batch / (time.monotonic() - began))
                 advance(batch, **logs.shown)
-                if stopped() or (time.monotonic() - last > KEEP_EVERY_S and done < self.steps):
+                # Many dictionaries take long to keep: a twentieth of the time is spent on it at most.
+                if stopped() or (time.monotonic() - last > max(KEEP_EVERY_S, 20 * took) and done < most):
                     logs.flush()
+                    before = time.monotonic()
                     self.kept.save(done, states, {"taken": float(stream.taken)})
                     last = time.monotonic()
+                    took = last - before
                 if stopped():
-                    raise Interrupted(
-                        f"stopped after {done} of {self.steps} steps, which are kept: the same command goes on"
-                    )
+                    raise Interrupted(f"stopped after {done} of {most} steps, which are kept: the same command goes on")
             logs.flush()
         return states
 
-    def _once(self, states: dict[str, TrainState]) -> dict[str, Metrics]:
-        """One step of every dictionary on the same tokens."""
+    def _once(self, done: int, states: dict[str, TrainState]) -> dict[str, Metrics]:
+        """One step of every dictionary that is not done, on the same tokens."""
         batch, metrics = next(self.stream), {}
         for name, job in self.jobs.items():
+            if done > self.steps[name]:
+                continue
             x, y = _beside(job.seen(batch)), job.aims(batch)
+            x = _shuffled(x, job.seed, done) if job.shuffled else x
             given = (x,) if y is None else (x, _beside(y))
             states[name], metrics[name] = self.step[name](states[name], *given)
         return metrics
@@ -223,3 +235,14 @@ class _Work:
 
 def _beside(parts: Sequence[Array]) -> Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+@jax.jit
+def _shuffled(x: Float[Array, "b d"], seed: int, step: int) -> Float[Array, "b d"]:
+    """Every column permuted by itself: each coordinate keeps its values, and no two belong together."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jnp.take_along_axis(x, jnp.argsort(jax.random.uniform(key, x.shape), axis=0), axis=0)
+
+
+def _title(jobs: Mapping[str, Job]) -> str:
+    return f"train {', '.join(jobs)}" if len(jobs) <= 4 else f"train {len(jobs)} dictionaries"

@@ -15,6 +15,8 @@ from qsae_jax.errors import UserError, nearest
 from qsae_jax.sae.train import Metrics
 
 KINDS = ("tensorboard", "wandb")
+MANY = 4
+"""Dictionaries whose FVU a bar has room for."""
 
 
 class Writer(Protocol):
@@ -118,7 +120,8 @@ class Logs:
             for writer in self._writers[name]:
                 writer.write(tokens, figures | {"tokens_per_s": round(speed, 1)})
         means = {key: sum(one[key] for one in got.values()) / len(got) for key in ("l0", "dead")}
-        self.shown = {f"fvu {name}": one["fvu"] for name, one in got.items()} | means | {"tokens/s": speed}
+        each = {f"fvu {name}": one["fvu"] for name, one in got.items()} if len(got) <= MANY else {}
+        self.shown = each | means | {"tokens/s": speed}
 
     def close(self) -> None:
         for writers in self._writers.values():

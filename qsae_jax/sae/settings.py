@@ -18,8 +18,8 @@ class SAEConfig:
 
     sparsity: str = "topk"
     """topk, batchtopk, matryoshka (over batchtopk), jumprelu, gated, relu or p_anneal."""
-    expansion: int = 8
-    """Latents per dimension of the activations."""
+    expansion: float = 8
+    """Latents per dimension of the activations; below 1 there are fewer of them than dimensions."""
     k: float = 32
     """Latents that fire on a token; on average (batchtopk, matryoshka)."""
     k_first: float = 0
@@ -98,11 +98,11 @@ class SAEConfig:
         _check_word(self.schedule, "sae.schedule", ("linear", "cosine"))
         _check_word(self.unit_decoder, "sae.unit_decoder", ("auto", "yes", "no"))
         _check_word(self.centre, "sae.centre", ("geometric_median", "mean", "zero"))
-        check_at_least(self, "sae.", expansion=1, k=1, k_first=0, l1=0, l0=0, p_steps=1, target_l0=0.1, tanh_scale=0,
+        check_at_least(self, "sae.", expansion=0, k=1, k_first=0, l1=0, l0=0, p_steps=1, target_l0=0.1, tanh_scale=0,
                        pre_act=0, threshold=0, threshold_lr=0, lr=0, beta1=0, beta2=0, warmup=0, decay=0, p_from=0,
                        sparsity_warmup=0, clip=0, max_norm=0, aux=0, k_aux=0, dead_after=1, resample=0,
                        ema=0)  # fmt: skip
-        for name in ("p_end", "bandwidth"):
+        for name in ("p_end", "bandwidth", "expansion"):
             if getattr(self, name) <= 0:
                 raise UserError(f"key `sae.{name}` is {getattr(self, name)}: give a number above 0")
         for name in ("beta1", "beta2", "ema", "p_from"):
