@@ -23,7 +23,6 @@ class TokensConfig:
     bos: str = "auto"
     skip_first: int = 1
     audit: int = 8192
-    """Tokens of the audit."""
     compare: int = 4096
     """Tokens of the comparison: the first of the audit's."""
 
@@ -71,8 +70,7 @@ class ArmsConfig:
 
     adapt: int = 0
     """Tokens from which the dictionary is adapted in closed form; 0 leaves these out."""
-    rank: int = 16
-    """Of the low-rank map among the adaptations."""
+    rank: int = 16  # of the low-rank map
     finetune: int = 0
     """Tokens that it is fine-tuned on; 0 leaves this out."""
     finetune_lr: float = 0.0
@@ -88,7 +86,7 @@ class ArmsConfig:
     contexts: int = 0
     """Latents of each fate, at most, that are shown in text."""
     crosscoder: str = ""
-    """The scheme for which a crosscoder over both models is trained, whose view stands beside the matching."""
+    """The scheme for which a crosscoder over both models is trained too."""
 
     def __post_init__(self) -> None:
         check_at_least(self, "arms.", adapt=0, rank=1, finetune=0, finetune_lr=0, contexts=0)
@@ -188,7 +186,7 @@ class Study:
     processing: str = "none"
     """What is done to the weights after loading: `none`, or `transformer_lens`, as many published SAEs read them."""
     dtype: str = "float32"
-    """Of the model's weights and activations: `float32`, or `bfloat16`, to which quantized weights are rounded too."""
+    """Of weights and activations: `float32`, or `bfloat16`, to which quantized weights are rounded too."""
     batch: int = 0
     """Windows in a forward pass; 0 chooses by the device."""
     mesh: str = "1x1"
@@ -222,7 +220,6 @@ class Study:
 
     @property
     def compared(self) -> tuple[str, ...]:
-        """The schemes of the comparison."""
         return tuple(map(str, parse_schemes(self.compare))) if self.compare else ()
 
     def _check_arms(self) -> None:

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsae_jax import compare, fake_quantize, patch
-from qsae_jax.compare.transfer import verdict
+from qsae_jax import audit, compare, fake_quantize, patch
+from qsae_jax.compare.verdict import verdict
 from qsae_jax.mesh import make_mesh, place
 from qsae_jax.stats import Grouped
 
@@ -45,8 +45,9 @@ def slow(lm, sae, tokens, skip=SKIP):
     x = seen["x"]
     z = np.asarray(sae.encode(x.astype(np.float32)), np.float64)
     xhat = z @ np.asarray(sae.W_dec[...], np.float64) + np.asarray(sae.b_dec[...], np.float64)
-    swapped = {name: x.copy() for name in ("zero", "spliced")}
+    swapped = {name: x.copy() for name in ("zero", "mean", "spliced")}
     swapped["zero"][:, skip:], swapped["spliced"][:, skip:] = 0, xhat[:, skip:]
+    swapped["mean"][:, skip:] = x[:, skip:].mean((0, 1))
     logp = {name: log_softmax(lm, tokens, lambda _, y=y: jnp.asarray(y, jnp.float32)) for name, y in swapped.items()}
     ce = {k: -np.take_along_axis(v, tokens[:, 1:, None], -1).sum() for k, v in (logp | {"clean": clean}).items()}
     kl = {k: (np.exp(clean) * (clean - v)).sum() for k, v in logp.items()}
@@ -58,11 +59,14 @@ def slow(lm, sae, tokens, skip=SKIP):
         "dense": ((z > 0).mean(0) > 0.1).mean(),
         "ce_recovered": (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]),
         "kl_recovered": (kl["zero"] - kl["spliced"]) / kl["zero"],
+        "ce_recovered_mean": (ce["mean"] - ce["spliced"]) / (ce["mean"] - ce["clean"]),
+        "kl_recovered_mean": (kl["mean"] - kl["spliced"]) / kl["mean"],
+        "loss": ce["spliced"] / tokens[:, 1:].size,
     }
 
 
 def test_every_arm_equals_the_slow_computation(facts, tiny_lm, saes, tiny_windows):
-    """All six measures of the six arms within 2e-4; the control leaves out one position more."""
+    """All nine measures of the six arms within 2e-4; the control leaves out one position more."""
     tokens, models = tiny_windows(9).ids, {"fp": tiny_lm, "int2": fake_quantize(tiny_lm, "int2")}
     names = {"reference": "sae", "transferred": "sae"}
     assert [row["arm"] for row in facts["rows"]] == ["reference", "transferred"] + ["retrained"] * 2 + ["reseeded"] * 2
@@ -78,7 +82,7 @@ def test_every_arm_equals_the_slow_computation(facts, tiny_lm, saes, tiny_window
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
+@pytest.mark.parametrize("shape", [(2, 1), (8, 1), (2, 4), (1, 8)])
 def test_a_mesh_gives_the_same_comparison(shape, facts, tiny_lm, saes, tiny_windows):
     mesh = make_mesh(*shape)
     got = run(place(tiny_lm, mesh), {k: place(v, mesh) for k, v in saes.items()}, tiny_windows(9), batch=8, mesh=mesh)
@@ -89,39 +93,60 @@ def test_a_mesh_gives_the_same_comparison(shape, facts, tiny_lm, saes, tiny_wind
 
 
 def judged(error, spliced, groups=32, seed=0):
-    """Sums of a dictionary with a given FVU and CE recovered, a little different in each group."""
+    """Sums of a dictionary with a given FVU and loss, a little different in each group, which all share."""
     level = np.random.default_rng(seed).uniform(0.9, 1.1, groups)
     ones = np.ones(groups)
     s = {"error": error * level, "x": np.zeros((groups, 2)), "xx": ones, "n": ones, "active": ones}
-    s |= {"fired": np.ones((groups, 4)), "zero": 10 * ones, "clean": ones * 0, "spliced": spliced * level}
-    return Grouped(groups, s | {"kl_zero": ones, "kl_spliced": 0.1 * ones})
+    s |= {"fired": np.ones((groups, 4)), "zero": 10 * ones, "clean": 0.5 * ones, "spliced": spliced * level}
+    return Grouped(groups, s | {"kl_zero": ones, "kl_spliced": 0.1 * ones, "predicted": ones})
+
+
+def told(transferred, retrained, adapted=None, directions=1.0, reseeded=(0.35, 1.1), **named):
+    home = {"sae": judged(0.30, 1.0, **named)} | ({"reseeded": judged(*reseeded, **named)} if reseeded else {})
+    there = {"sae": judged(*transferred, **named), "retrained": judged(*retrained, **named)}
+    there |= {"gain": judged(*adapted, **named)} if adapted else {}
+    return verdict(home, there, "int2", {"gain": directions} if adapted else {})
 
 
 @pytest.mark.parametrize(
-    "transferred, retrained, choice",
+    "transferred, retrained, adapted, directions, choice",
     [
-        ((0.30, 1.0), (0.30, 1.0), "keep"),
-        ((0.33, 1.0), (0.30, 1.0), "keep"),  # a gain, but less than a seed changes
-        ((0.45, 1.0), (0.30, 0.5), "retrain"),
-        ((0.45, 1.0), (0.30, 1.0), "adapt"),  # the reconstruction gains, the model's loss does not
+        ((0.30, 1.0), (0.30, 1.0), None, 1.0, "keep"),
+        ((0.33, 1.0), (0.30, 1.0), None, 1.0, "keep"),  # a gain, but less than a seed changes
+        ((0.45, 1.0), (0.30, 1.0), (0.31, 1.0), 1.0, "adapt"),
+        ((0.30, 1.6), (0.30, 1.0), (0.30, 1.0), 1.0, "adapt"),  # the loss alone speaks for it
+        ((0.45, 1.0), (0.30, 1.0), (0.31, 1.0), 0.3, "retrain"),  # directions were lost
+        ((0.45, 1.0), (0.30, 1.0), (0.44, 1.0), 1.0, "retrain"),  # the adaptation does not help
+        ((0.45, 1.0), (0.30, 1.0), None, 1.0, "retrain"),
     ],
 )
-def test_the_verdict(transferred, retrained, choice):
+def test_the_verdict(transferred, retrained, adapted, directions, choice):
     """The floor is |0.35 - 0.30|: what a new seed changes at full precision."""
-    home = {"sae": judged(0.30, 1.0), "reseeded": judged(0.35, 1.0)}
-    there = {"sae": judged(*transferred), "retrained": judged(*retrained)}
-    got = verdict({"fp": home, "int2": there}, "int2")
-    assert got["choice"] == choice and got["floor"] == pytest.approx(0.05, abs=0.005)
+    got = told(transferred, retrained, adapted, directions)
+    assert got["choice"] == choice and got["floor"] == pytest.approx(0.05, abs=0.005), got["reason"]
     assert got["interval"][0] <= transferred[0] - retrained[0] + 1e-2 and "int2" in got["reason"]
+    assert got["how"] == ("gain" if choice == "adapt" else "")
 
 
-def test_without_a_second_seed_the_floor_is_none():
-    got = verdict({"fp": {"sae": judged(0.3, 1)}, "s": {"sae": judged(0.33, 1), "retrained": judged(0.3, 1)}}, "s")
-    assert got["floor"] == 0 and got["choice"] == "adapt" and "no second seed" in got["reason"]
+def test_without_a_second_seed_the_margin_is_the_tolerance():
+    """5 % of FVU 0.30 and of the added loss of 0.5."""
+    got = told((0.33, 1.0), (0.30, 1.0), reseeded=None)
+    assert got["floor"] == 0 and got["choice"] == "retrain" and "No second seed" in got["reason"]
+    assert got["margin"] == pytest.approx({"fvu": 0.015, "loss": 0.025}, abs=0.002)
+    assert told((0.31, 1.0), (0.30, 1.0), reseeded=None)["choice"] == "keep"
 
 
-def test_one_window_gives_no_interval_and_so_no_change():
+def test_one_window_gives_no_interval_and_so_no_answer():
     """A gap of 0.15 from a single group of windows: nothing tells it from chance."""
-    there = {"sae": judged(0.45, 1.0, groups=1), "retrained": judged(0.30, 0.5, groups=1)}
-    got = verdict({"fp": {"sae": judged(0.3, 1.0, groups=1)}, "s": there}, "s")
-    assert got["choice"] == "keep" and "no interval" in got["reason"] and np.isnan(got["interval"][0])
+    got = told((0.45, 1.0), (0.30, 0.5), groups=1)
+    assert got["choice"] == "unsure" and "not enough data" in got["reason"] and np.isnan(got["interval"][0])
+
+
+def test_the_transferred_arm_is_that_of_the_audit(facts, tiny_lm, saes, tiny_windows):
+    """FVU and L0 of the same dictionary over the same tokens; the control is another dictionary's."""
+    row = audit(tiny_lm, saes["sae"], tiny_windows(9), ["int2"], POINT, skip_first=SKIP).facts["rows"][0]
+    arms = {(one["arm"], one["judged_on"]): one for one in facts["rows"]}
+    mine = arms["transferred", "int2"]
+    assert mine["fvu"]["value"] == pytest.approx(row["fvu"], rel=1e-5)
+    assert mine["l0"]["value"] == pytest.approx(row["l0"], rel=1e-6)
+    assert abs(arms["reseeded", "int2"]["fvu"]["value"] - row["fvu"]) > 1e-3
