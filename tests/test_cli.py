@@ -262,7 +262,12 @@ def test_train_then_compare(inputs, tmp_path, capsys):
     arms = {"--sae": str(tmp_path / "t/saes/fp"), "--retrained": str(tmp_path / "t/saes/int4")}
     assert main(words("compare", common | arms | {"--schemes": "int4", "--out": inputs["--out"]})) == 0
     capsys.readouterr()
-    assert json.loads((tmp_path / "out/compare.json").read_text())["verdict"]["choice"] in ("keep", "adapt", "retrain")
+    assert json.loads((tmp_path / "out/compare.json").read_text())["verdict"]["choice"] in (
+        "keep",
+        "adapt",
+        "retrain",
+        "unsure",
+    )
     facts = json.loads((tmp_path / "out/compare.json").read_text())
     assert facts["retrained"] == arms["--retrained"] and any("trained on these tokens" in n for n in facts["notes"])
     assert "qsae compare" in (tmp_path / "out/report.html").read_text()

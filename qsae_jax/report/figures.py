@@ -161,7 +161,7 @@ def arms(rows: Sequence[dict[str, Any]]) -> str:
             ax.grid(axis="x", lw=0.7)
             ax.margins(x=0.12, y=0.12)
             ax.locator_params(axis="x", nbins=3)
-        axes[0].set_yticks(range(len(rows)), [f"{row['arm']} on {row['judged_on']}" for row in rows])
+        axes[0].set_yticks(range(len(rows)), [f"{row.get('how') or row['arm']} on {row['judged_on']}" for row in rows])
         axes[0].invert_yaxis()
         return svg(figure, "arms")
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from qsae_jax.errors import UserError
 from qsae_jax.files import write_text
-from qsae_jax.report import answers, figures, tables
+from qsae_jax.report import answers, compared, figures, tables
 from qsae_jax.report.part import Part
 from qsae_jax.report.results import Results, read_results
 
@@ -94,13 +94,18 @@ def _audit_parts(results: Results) -> list[Part]:
 
 
 def _compare_parts(results: Results) -> list[Part]:
-    if not results.compare:
-        return []
-    return [
-        Part("arms", ARMS, figures.arms(results.compare["rows"])),
-        Part("arm-table", "The comparison in numbers.", table=tables.arms_table(results.compare)),
-        Part("matching", MATCHING, table=tables.matching_table(results.compare)),
-    ]
+    parts = []
+    for i, one in enumerate([results.compare, *results.compared.values()] if results.compare else []):
+        told, at = one["verdict"], one["scheme"]
+        if "gaps" in told:
+            caption = f"At {at}: {VERDICTS[told['choice']].lower()}. {told['reason']}"
+            parts.append(Part(f"gaps{i}", caption, table=compared.gaps_table(told), said=compared.price_said(one)))
+        parts += [
+            Part(f"arms{i}", f"At {at}. {ARMS}", figures.arms(one["rows"])),
+            Part(f"arm-table{i}", f"The comparison at {at} in numbers.", table=compared.arms_table(one)),
+            Part(f"matching{i}", f"At {at}. {MATCHING}", table=compared.matching_table(one)),
+        ]
+    return parts
 
 
 def facts(results: Results) -> list[tuple[str, str]]:

@@ -20,6 +20,8 @@ class Results:
 
     audit: dict[str, Any] | None = None
     compare: dict[str, Any] | None = None
+    compared: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The comparisons at other schemes."""
     run: dict[str, Any] | None = None
     features: dict[str, Columns] = field(default_factory=dict)
     """Scheme -> the columns of its features."""
@@ -49,7 +51,8 @@ def read_results(folder: Path) -> Results:
     table = read_features(features) if features.is_file() and "audit" in found else {}
     answers = {name: read_json(file) for name in ANSWERS if (file := folder / f"{name}.json").exists()}
     at = {file.parent.name: read_json(file) for file in sorted((folder / "at").glob("*/audit.json"))}
-    return Results(**found, features=table, answers=answers, at=at, curves=_curves(folder / "train"))
+    compared = {file.stem: read_json(file) for file in sorted((folder / "compare").glob("*.json"))}
+    return Results(**found, compared=compared, features=table, answers=answers, at=at, curves=_curves(folder / "train"))
 
 
 def _curves(folder: Path) -> dict[str, list[dict[str, float]]]:

@@ -91,52 +91,6 @@ def estimate(got: Mapping[str, float | None] | float | None) -> str:
     return f"{number(got['value'], 3)} [{number(got['low'], 3)}, {number(got['high'], 3)}]"
 
 
-def arms_table(compare: dict[str, Any]) -> Table:
-    """One row for each dictionary on each model, values with 95 % intervals."""
-    shares = ("alive", "dense", "ce_recovered", "kl_recovered")
-    heads = [("arm", "which dictionary"), ("trained on", ""), ("judged on", "")]
-    heads += [("FVU", "fraction of variance unexplained"), ("L0", "features that fire on a token")]
-    heads += [("alive", "latents that fire on the held-out tokens"), ("dense", "fire on more than a tenth of them")]
-    heads += [("CE recovered", "1 is the clean model, 0 the activations zeroed"), ("KL recovered", "the same for KL")]
-    rows = [
-        [row["arm"], row["trained_on"], row["judged_on"], interval(row["fvu"]), interval(row["l0"])]
-        + [interval(row[name], share=True) for name in shares]
-        for row in compare["rows"]
-    ]
-    return Table(heads, rows)
-
-
-MATCHING = {
-    "mmcs": ("mean max cosine", "over latents of the full-precision dictionary"),
-    "mnn_0.5": ("mutual nearest neighbours, 0.5", "share that choose each other at that cosine"),
-    "mnn": ("mutual nearest neighbours, 0.7", "the same"),
-    "mnn_0.9": ("mutual nearest neighbours, 0.9", "the same"),
-    "assigned": ("assigned alike", "share whose best one-to-one partner agrees by decoder and by encoder"),
-    "act_r": ("mean max correlation", "of codes on the same tokens; the largest of many is above 0 by chance"),
-    "act_same": ("correlated", "share with a correlation of at least 0.7"),
-    "lost": ("lost", "share without a partner at cosine 0.7"),
-    "split": ("split", "share that several latents of the other have for a nearest"),
-    "new": ("new", "share of the other's without a partner"),
-    "merged": ("merged", "share of the other's that are nearest to several"),
-}
-
-
-def matching_table(compare: dict[str, Any]) -> Table:
-    """Do the two dictionaries hold the same directions, beside two seeds of one."""
-    rows = [
-        [*MATCHING[k], *(number(v[side], 3) for side in ("value", "floor"))]
-        for k, v in compare["matching"].items()
-        if k in MATCHING
-    ]
-    heads = [
-        ("measure", ""),
-        ("of", ""),
-        ("retrained", "full precision against retrained"),
-        ("seed floor", "two seeds"),
-    ]
-    return Table(heads, rows)
-
-
 def worst_table(columns: Columns, counted: int) -> Table:
     """The active features with the lowest r; on how many of the counted tokens they fire."""
     active = np.flatnonzero(columns["active"])

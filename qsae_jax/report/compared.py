@@ -1,0 +1,87 @@
+"""The tables of a comparison: every arm, the gaps that the verdict rests on, likeness, and the price of retraining."""
+
+from typing import Any
+
+from qsae_jax.report.tables import Table, interval, number
+
+
+def arm_name(row: dict[str, Any]) -> str:
+    """The arm, and what was done to it."""
+    return f"{row['arm']} ({row['how']})" if row.get("how") else row["arm"]
+
+
+def gaps_table(verdict: dict[str, Any]) -> Table:
+    """How much worse than the retrained dictionary each other is on the quantized model, and whether that matters."""
+    heads = [("dictionary", ""), ("FVU gap", "to the retrained one, paired"), ("loss gap", "nats per token, paired")]
+    heads += [("place", "within the margin in both, beyond it in one, or not told by these tokens")]
+    heads += [("directions", "mean cosine of decoder rows with those of the full-precision dictionary")]
+    rows = [
+        [name, interval(one["fvu"]), interval(one["loss"]), one["place"], number(one["directions"], 3)]
+        for name, one in verdict["gaps"].items()
+    ]
+    return Table(heads, rows)
+
+
+def price_said(compare: dict[str, Any]) -> list[str]:
+    """After how many tokens retraining overtakes the dictionary that was carried over, and what they cost."""
+    price = compare["verdict"].get("price")
+    if not price:
+        return []
+    tokens, seconds = price["tokens"], price["seconds"]
+    if tokens["value"] is None:
+        return ["By the power law of its budgets, retraining never overtakes the transferred dictionary."]
+    how = "extrapolated by a power law" if price["beyond"] else "within the budgets that were run"
+    said = f"Retraining overtakes the transferred dictionary after {interval(tokens)} tokens, {how}"
+    cost = ", ".join(f"{name} {number(s, 3)} s" for name, s in (seconds or {}).items())
+    return [f"{said}; one chip of each would take, at 40 % of its peak: {cost}." if cost else f"{said}."]
+
+
+def arms_table(compare: dict[str, Any]) -> Table:
+    """One row for each dictionary on each model, values with 95 % intervals."""
+    shares = ("alive", "dense", "ce_recovered", "kl_recovered")
+    heads = [("arm", "which dictionary"), ("trained on", ""), ("judged on", "")]
+    heads += [("FVU", "fraction of variance unexplained"), ("L0", "features that fire on a token")]
+    heads += [("alive", "latents that fire on the held-out tokens"), ("dense", "fire on more than a tenth of them")]
+    heads += [("CE recovered", "1 is the clean model, 0 the activations zeroed"), ("KL recovered", "the same for KL")]
+    heads += [
+        ("loss", "nats per token, the reconstruction in place"),
+        ("probe", "balanced accuracy of 5-sparse probes"),
+    ]
+    rows = [
+        [arm_name(row), row["trained_on"], row["judged_on"], interval(row["fvu"]), interval(row["l0"])]
+        + [interval(row[name], share=True) for name in shares]
+        + [interval(row[name]) if row.get(name) else "–" for name in ("loss", "probe")]
+        for row in compare["rows"]
+    ]
+    return Table(heads, rows)
+
+
+MATCHING = {
+    "mmcs": ("mean max cosine", "over latents of the full-precision dictionary"),
+    "mnn_0.5": ("mutual nearest neighbours, 0.5", "share that choose each other at that cosine"),
+    "mnn": ("mutual nearest neighbours, 0.7", "the same"),
+    "mnn_0.9": ("mutual nearest neighbours, 0.9", "the same"),
+    "assigned": ("assigned alike", "share whose best one-to-one partner agrees by decoder and by encoder"),
+    "act_r": ("mean max correlation", "of codes on the same tokens; the largest of many is above 0 by chance"),
+    "act_same": ("correlated", "share with a correlation of at least 0.7"),
+    "lost": ("lost", "share without a partner at cosine 0.7"),
+    "split": ("split", "share that several latents of the other have for a nearest"),
+    "new": ("new", "share of the other's without a partner"),
+    "merged": ("merged", "share of the other's that are nearest to several"),
+}
+
+
+def matching_table(compare: dict[str, Any]) -> Table:
+    """Do the two dictionaries hold the same directions, beside two seeds of one."""
+    rows = [
+        [*MATCHING[k], *(number(v[side], 3) for side in ("value", "floor"))]
+        for k, v in compare["matching"].items()
+        if k in MATCHING
+    ]
+    heads = [
+        ("measure", ""),
+        ("of", ""),
+        ("retrained", "full precision against retrained"),
+        ("seed floor", "two seeds"),
+    ]
+    return Table(heads, rows)
