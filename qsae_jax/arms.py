@@ -5,7 +5,7 @@ that were adapted, `SCHEME-finetuned`, `SCHEME-8192` for what was retrained on f
 other seed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,10 +145,9 @@ def compare(
     labels = None
     if s.arms.probes:
         labels = probe.labels(windows, load_tokenizer(s.model))
-    flops = budget.flops_per_token(_parameters_before(lm, point), held["sae"].d, held["sae"].latents, s.sae.selects)
     told = dict(facts) | {name: f"saes/{folder}" for name, folder in shared.items()}
     found = compares(lm, {scheme: _arms(s, scheme, mesh, out) for scheme in s.compared}, held, windows, point,
-                     labels=labels, prices=lambda tokens: budget.price(tokens, flops), batch=s.batch, mesh=mesh,
+                     labels=labels, prices=prices(lm, point, held["sae"], s.sae.selects), batch=s.batch, mesh=mesh,
                      skip_first=s.tokens.skip_first, facts=told)  # fmt: skip
     for i, (scheme, one) in enumerate(found.items()):
         one.facts["retrained"] = f"saes/{scheme}"
@@ -177,6 +176,12 @@ def _arms(study: Study, scheme: str, mesh: Mesh, out: Path) -> Arms:
         curves["finetuned"] = fewer | {s.arms.finetune: hows["finetuned"]}
     again = get(f"{scheme}-seed{s.train.reseed}") if s.arms.again else None
     return Arms(retrained, hows, again, curves)
+
+
+def prices(lm: LM, point: Point, sae: SAE, sparse: bool) -> Callable[[float], dict[str, float]]:
+    """What so many tokens of training such a dictionary cost, in seconds by device."""
+    flops = budget.flops_per_token(_parameters_before(lm, point), sae.d, sae.latents, sparse)
+    return lambda tokens: budget.price(tokens, flops)
 
 
 def _parameters_before(lm: LM, point: Point) -> int:

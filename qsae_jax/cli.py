@@ -90,6 +90,8 @@ def _compared(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("--shuffled", help="one trained on shuffled activations: what nonsense reaches")
     compare.add_argument("--adapt", type=_count(0), default=0, metavar="N",
                          help="adapt the first one in closed form, on N tokens that are not judged on")  # fmt: skip
+    compare.add_argument("--budgets", nargs="+", default=[], metavar="DIR",
+                         help="retrained there on fewer tokens: the budget curve")  # fmt: skip
     compare.add_argument("--probes", action="store_true", help="sparse probes on classes that tokens' text tells")
 
 

@@ -3,10 +3,12 @@
 from argparse import Namespace
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from qsae_jax import dictionaries
 from qsae_jax.acts.stream import ActivationStream
 from qsae_jax.acts.tokens import Windows, load_windows
-from qsae_jax.arms import rows_at
+from qsae_jax.arms import prices, rows_at
 from qsae_jax.audit.run import audit as run_audit
 from qsae_jax.compare import adapt, probe
 from qsae_jax.compare.transfer import compare as run_compare
@@ -31,7 +33,9 @@ from qsae_jax.record import described, differences, hook_of, learned, notes_on, 
 from qsae_jax.report import write_report
 from qsae_jax.sae.fit import fit, forget_steps
 from qsae_jax.sae.formats import Stored, load_stored, save_sae
+from qsae_jax.sae.model import SAE
 from qsae_jax.sae.settings import SAEConfig
+from qsae_jax.sae.sparsity import TopK
 from qsae_jax.study import run_study
 from qsae_jax.sweep import read_studies, run_studies
 
@@ -117,24 +121,53 @@ def compare(given: Namespace, command: str) -> None:
     learnt = {"retrained": str(scheme), "again": str(scheme), "finetuned": str(scheme)}
     used = {folders[name]: (one, learnt.get(name, "fp")) for name, one in stored.items()}
     facts = {"model": given.model, "notes": _notes(given, lm, windows, point, used)} | folders
-    adapted, some = {}, -(-given.adapt // windows.seq)
-    if given.adapt:
-        if len(windows) <= some:
-            raise UserError(f"--adapt {given.adapt} takes all {len(windows)} windows: none is left to judge on")
-        told = {"mesh": mesh, "skip_first": given.skip_first, "batch": given.batch}
-        home, there = (rows_at(one, windows.part(0, some), check_point(lm, point), **told)
-                       for one in (lm, fake_quantize(lm, scheme)))  # fmt: skip
-        adapted, windows = dict(adapt.adapted(saes["sae"], home, there)), windows.part(some, len(windows))
+    adapted, nonsense, windows = _adapted(given, lm, scheme, saes["sae"], windows, check_point(lm, point), mesh)
+    nonsense |= {"shuffled": saes["shuffled"]} if "shuffled" in saes else {}
     adapted |= {"finetuned": saes["finetuned"]} if "finetuned" in saes else {}
     labels = probe.labels(windows, load_tokenizer(given.model)) if given.probes else None
     judged = run_compare(lm, scheme, saes["sae"], saes["retrained"], windows, point, reseeded=saes.get("reseeded"),
                          adapted=adapted, again=saes.get("again"), labels=labels, skip_first=given.skip_first,
-                         nonsense={name: saes[name] for name in ("shuffled",) if name in saes},
+                         nonsense=nonsense, budgets=_budgets(given, stored["retrained"], mesh),
+                         prices=prices(lm, check_point(lm, point), saes["sae"], isinstance(saes["sae"].sparsity, TopK)),
                          batch=given.batch, mesh=mesh, facts=facts)  # fmt: skip
     judged.write(out / "compare.json")
     _record(given, command, out)
     print(judged.facts["verdict"]["choice"], "-", judged.facts["verdict"]["reason"])
     _tell(write_report(out))
+
+
+def _adapted(
+    given: Namespace, lm: LM, scheme: Scheme, sae: SAE, windows: Windows, point: Point, mesh: Mesh
+) -> tuple[dict[str, SAE], dict[str, SAE], Windows]:
+    """Of the first --adapt tokens adapted dictionaries and a random one; and the windows that are left."""
+    if not given.adapt:
+        return {}, {}, windows
+    some, told = -(-given.adapt // windows.seq), {"skip_first": given.skip_first, "batch": given.batch}
+    if len(windows) <= some:
+        raise UserError(f"--adapt {given.adapt} takes all {len(windows)} windows: none is left to judge on")
+    home, there = (rows_at(one, windows.part(0, some), point, mesh, **told) for one in (lm, fake_quantize(lm, scheme)))
+    random = {"random": adapt.nonsense(sae, home)}
+    return dict(adapt.adapted(sae, home, there)), random, windows.part(some, len(windows))
+
+
+def _budgets(given: Namespace, retrained: Stored, mesh: Mesh) -> dict[int, SAE]:
+    """Dictionaries by the tokens that their files say they learnt from, `retrained` among them."""
+    if not given.budgets:
+        return {}
+    found: dict[int, SAE] = {}
+    for folder in [*given.budgets, given.retrained]:
+        one = retrained if folder == given.retrained else load_stored(folder, mesh)
+        tokens = one.metadata.get("training_tokens")
+        if not tokens:
+            raise UserError(
+                f"`{folder}` does not say from how many tokens it learnt: --budgets takes what qsae trained"
+            )
+        if tokens in found:
+            raise UserError(f"--budgets: `{folder}` learnt from {tokens} tokens, as another does: leave it out")
+        found[tokens] = one.sae
+    if max(found) != retrained.metadata["training_tokens"]:
+        raise UserError(f"--budgets names more tokens, {max(found)}, than --retrained learnt from: exchange them")
+    return found
 
 
 def quantize(given: Namespace, command: str) -> None:

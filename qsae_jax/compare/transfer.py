@@ -177,20 +177,23 @@ def compare(
     adapted: Mapping[str, SAE] | None = None,
     again: SAE | None = None,
     nonsense: Mapping[str, SAE] | None = None,
+    budgets: Mapping[int, SAE] | None = None,
     labels: np.ndarray | None = None,
+    prices: Callable[[float], dict[str, float]] | None = None,
     skip_first: int = 1,
     batch: int = 0,
     mesh: Mesh | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Judge a full-precision dictionary against one retrained on the quantized model, on held-out windows, and where
-    given: adapted ones (adapt.adapted), both from another seed (`reseeded`, `again`), and nonsense. `labels` are the
-    classes of tokens that sparse probes are to tell (probe.labels)."""
+    given: adapted ones (adapt.adapted), both from another seed (`reseeded`, `again`), and nonsense. `budgets` are
+    retrained ones by the tokens that they learnt from, the last of them `retrained` itself. `labels` are the classes
+    of tokens that sparse probes are to tell (probe.labels)."""
     name = str(parse_scheme(scheme))
-    arms = Arms(retrained, adapted or {}, again)
+    arms = Arms(retrained, adapted or {}, again, {"retrained": budgets} if budgets else {})
     shared = {"sae": sae} | ({"reseeded": reseeded} if reseeded else {}) | dict(nonsense or {})
-    found = compares(lm, {name: arms}, shared, windows, point, labels=labels, skip_first=skip_first, batch=batch,
-                     mesh=mesh, facts=facts)  # fmt: skip
+    found = compares(lm, {name: arms}, shared, windows, point, labels=labels, prices=prices, skip_first=skip_first,
+                     batch=batch, mesh=mesh, facts=facts)  # fmt: skip
     return found[name]
 
 

@@ -144,7 +144,13 @@ def worst(results: Results) -> list[Part]:
         "differ most and where each is strongest: shaded by the value at full precision, underlined by the twin's."
     )
     said = ["These texts are the extremes of few tokens: they illustrate, and prove nothing of what a feature means."]
-    return [Part("contexts", caption, texts=found["features"], said=said)]
+    texts = [one | {"head": _headed(one)} for one in found["features"]]
+    return [Part("contexts", caption, texts=texts, said=said)]
+
+
+def _headed(one: dict[str, Any]) -> str:
+    rates = f"{100 * one['firing_rate']:.2f} % of the tokens, {100 * one['firing_rate_twin']:.2f} % in the twin"
+    return f"r {one['r'] or 0:.3f}, {one['cause'] or 'survives'}; fires on {rates}"
 
 
 def acting(results: Results) -> list[Part]:

@@ -1,5 +1,6 @@
 """The tables of a comparison: every arm, the gaps that the verdict rests on, likeness, and the price of retraining."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qsae_jax.report.tables import Table, interval, number
@@ -8,6 +9,22 @@ from qsae_jax.report.tables import Table, interval, number
 def arm_name(row: dict[str, Any]) -> str:
     """The arm, and what was done to it."""
     return f"{row['arm']} ({row['how']})" if row.get("how") else row["arm"]
+
+
+def verdicts_table(found: Sequence[dict[str, Any]], verdicts: Mapping[str, str]) -> Table:
+    """One row for each scheme: the verdict, the gap of the dictionary carried over, and what makes up for it."""
+    heads = [("scheme", ""), ("verdict", ""), ("by", "the cheapest adaptation that is within the margin")]
+    heads += [("FVU gap", "of the dictionary carried over to the retrained one, paired"), ("its margin", "")]
+    heads += [("loss gap", "nats per token, paired"), ("its margin", "")]
+    heads += [("overtaken after", "tokens after which retraining overtakes the dictionary carried over")]
+    rows = []
+    for one in found:
+        told = one["verdict"]
+        gap, price = told["gaps"]["transferred"], told.get("price")
+        cells = [cell for name in ("fvu", "loss") for cell in (interval(gap[name]), number(told["margin"][name], 3))]
+        after = interval(price["tokens"]) if price else "–"
+        rows.append([one["scheme"], verdicts[told["choice"]].split()[0].lower(), told["how"] or "–", *cells, after])
+    return Table(heads, rows)
 
 
 def gaps_table(verdict: dict[str, Any]) -> Table:
@@ -54,6 +71,31 @@ def arms_table(compare: dict[str, Any]) -> Table:
         for row in compare["rows"]
     ]
     return Table(heads, rows)
+
+
+def crosscoder_said(compare: dict[str, Any]) -> list[str]:
+    """Whose the latents of a crosscoder of the pair are."""
+    found = dict(compare.get("crosscoder") or {})
+    if not found:
+        return []
+    shared = found.pop("shared")
+    lone = " and ".join(f"{n:,} to {name} alone" for name, n in found.items())
+    total = shared + sum(found.values())
+    return [f"A crosscoder of both models sees the same pair so: of {total:,} latents that fire {shared:,} are shared, "
+            f"{lone}, by how much each twin's activations need them."]  # fmt: skip
+
+
+def fate_texts(compare: dict[str, Any]) -> list[dict[str, Any]]:
+    """The contexts of latents by fate, each with a line that says what became of it."""
+    made = []
+    for fate, texts in compare["texts"].items():
+        of = {one["feature"]: one for one in compare["fates"][fate]}
+        for one in texts:
+            told = of[one["feature"]]
+            others = told.get("parts") or told.get("sources") or []
+            ends = f" ({'into' if fate == 'split' else 'from'} {', '.join(map(str, others))})" if others else ""
+            made.append(one | {"head": f"{fate}{ends}; fires on {told['tokens']:,} of the held-out tokens"})
+    return made
 
 
 MATCHING = {

@@ -147,7 +147,7 @@ ARM_PANELS = (
 ARM_COLOURS = {"reference": BLUE, "transferred": RED, "retrained": GREEN, "reseeded": ORANGE, "adapted": PINK}
 
 
-def arms(rows: Sequence[dict[str, Any]]) -> str:
+def arms(rows: Sequence[dict[str, Any]], name: str = "arms") -> str:
     """Every dictionary on every model: value and 95 % interval, four measures side by side."""
     with matplotlib.rc_context(STYLE):
         figure, axes = drawing(9.4, 0.9 + 0.4 * len(rows), len(ARM_PANELS), sharey=True)
@@ -163,7 +163,7 @@ def arms(rows: Sequence[dict[str, Any]]) -> str:
             ax.locator_params(axis="x", nbins=3)
         axes[0].set_yticks(range(len(rows)), [f"{row.get('how') or row['arm']} on {row['judged_on']}" for row in rows])
         axes[0].invert_yaxis()
-        return svg(figure, "arms")
+        return svg(figure, name)
 
 
 def training(curves: dict[str, list[dict[str, float]]]) -> str:

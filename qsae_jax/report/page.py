@@ -1,6 +1,7 @@
 """One page that holds everything: figures inline, no script, nothing fetched."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +10,9 @@ from markupsafe import Markup
 
 from qsae_jax.errors import UserError
 from qsae_jax.files import write_text
-from qsae_jax.report import answers, compared, figures, tables
+from qsae_jax.report import answers, figures, tables, verdicts
 from qsae_jax.report.part import Part
 from qsae_jax.report.results import Results, read_results
-
-ARMS = (
-    "Each dictionary on each model, with 95 % intervals. The verdict rests on differences over the same windows, "
-    "whose intervals are far narrower."
-)
-MATCHING = (
-    "Same directions? The retrained dictionary began at the same random start as the full-precision one, the seed "
-    "floor did not: after a short training, likeness is partly that start."
-)
-VERDICTS = {
-    "keep": "Keep the dictionary",
-    "adapt": "Adapt the dictionary",
-    "retrain": "Retrain the dictionary",
-    "unsure": "Not enough data to say",
-}
 
 
 def write_report(folder: Path) -> Path:
@@ -47,7 +33,7 @@ def _page(results: Results) -> str:
         head=results.head,
         title=f"{_short(results.head.get('model', ''))} at {results.head.get('point', '')}",
         verdict=(results.compare or {}).get("verdict"),
-        verdicts=VERDICTS,
+        verdicts=verdicts.VERDICTS,
         sentences=tables.sentences(results),
         sections=sections(results),
         facts=facts(results),
@@ -64,10 +50,11 @@ def _short(model: str) -> str:
 def sections(results: Results) -> list[tuple[str, list[Part]]]:
     """The page's sections, those that there are results for."""
     made = [("Features under each scheme", _audit_parts(results)), *answers.sections(results)]
-    made += [("Keep, adapt or retrain", _compare_parts(results))]
+    made += [("Keep, adapt or retrain", verdicts.parts(results))]
     if results.curves:
-        caption = "Training: each dictionary saw the same tokens in the same order."
-        made.append(("Training", [Part("training", caption, figures.training(results.curves))]))
+        shown = figures.spread(list(results.curves))
+        caption = "Training: each dictionary saw the same tokens in the same order." + _some(results.curves, shown)
+        made.append(("Training", [Part("training", caption, figures.training({n: results.curves[n] for n in shown}))]))
     return [(title, parts) for title, parts in made if parts]
 
 
@@ -83,8 +70,7 @@ def _audit_parts(results: Results) -> list[Part]:
     if results.features:
         caption = "Median correlation of active features with themselves, by tenths; dotted lines at 0.9 and 0.5."
         shown = figures.spread(list(results.features))
-        if len(shown) < len(results.features):
-            caption += f" Of {len(results.features)} schemes {len(shown)}, evenly from the order of the audit."
+        caption += _some(results.features, shown)
         parts.append(Part("deciles", caption, figures.by_decile({name: results.features[name] for name in shown})))
     if scheme := tables.worst_scheme(results):
         caption = f"The {tables.WORST} active features that {scheme} damages most; on few tokens r is uncertain."
@@ -93,19 +79,8 @@ def _audit_parts(results: Results) -> list[Part]:
     return parts
 
 
-def _compare_parts(results: Results) -> list[Part]:
-    parts = []
-    for i, one in enumerate([results.compare, *results.compared.values()] if results.compare else []):
-        told, at = one["verdict"], one["scheme"]
-        if "gaps" in told:
-            caption = f"At {at}: {VERDICTS[told['choice']].lower()}. {told['reason']}"
-            parts.append(Part(f"gaps{i}", caption, table=compared.gaps_table(told), said=compared.price_said(one)))
-        parts += [
-            Part(f"arms{i}", f"At {at}. {ARMS}", figures.arms(one["rows"])),
-            Part(f"arm-table{i}", f"The comparison at {at} in numbers.", table=compared.arms_table(one)),
-            Part(f"matching{i}", f"At {at}. {MATCHING}", table=compared.matching_table(one)),
-        ]
-    return parts
+def _some(found: Mapping[str, Any], shown: Sequence[str]) -> str:
+    return f" Of {len(found)} curves {len(shown)}, evenly from their order." if len(shown) < len(found) else ""
 
 
 def facts(results: Results) -> list[tuple[str, str]]:

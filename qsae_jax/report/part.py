@@ -17,4 +17,4 @@ class Part:
     table: Table | None = None
     said: Sequence[str] = ()
     texts: Sequence[dict[str, Any]] = ()
-    """Features with their contexts, as `contexts.json` has them."""
+    """Features with their contexts, as `contexts.json` has them, and a line on each, `head`."""

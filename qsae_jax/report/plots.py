@@ -136,3 +136,26 @@ def acting(features: Sequence[dict[str, Any]]) -> str:
             ax.grid(lw=0.7)
         axes[0].set_ylabel("writing: r of its effect on logits")
         return svg(figure, "acting")
+
+
+def budgets(curves: Mapping[str, Any], name: str) -> str:
+    """FVU by tokens: what was retrained and what was fine-tuned, beside the dictionary that was carried over."""
+    with matplotlib.rc_context(STYLE):
+        figure, (ax,) = drawing(8.6, 3.4)
+        level, met = curves["transferred"], curves.get("overtaking")
+        ax.axhline(level["value"], color=RED, label="transferred")
+        ax.axhspan(level["low"], level["high"], color=RED, alpha=0.15, lw=0)
+        for arm, colour in (("retrained", GREEN), ("finetuned", PINK)):
+            points = curves.get(arm, [])
+            ends = np.array([[p["value"] - p["low"], p["high"] - p["value"]] for p in points]).reshape(-1, 2).T
+            at, values = [p["tokens"] for p in points], [p["value"] for p in points]
+            ax.errorbar(at, values, yerr=ends.clip(0), fmt="o-", ms=5, color=colour, label=arm)
+        if met and met["law"] and met["tokens"]["value"] is not None:
+            law, first, last = met["law"], curves["retrained"][0]["tokens"], curves["retrained"][-1]["tokens"]
+            at = np.geomspace(first, max(last, min(met["tokens"]["value"], 100 * last)), 60)
+            ax.plot(at, law["floor"] + law["scale"] * at ** -law["power"], color=GREEN, ls=":", lw=1.4)
+        ax.set(xscale="log", xlabel="tokens", ylabel="FVU on the quantized model")
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        ax.grid(lw=0.7)
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        return svg(figure, name)
