@@ -26,6 +26,7 @@ compare = 320
 [sae]
 k = 4
 expansion = 2
+lr = 0.03
 [train]
 tokens = 960
 batch = 32
@@ -58,7 +59,7 @@ def done(tiny_folder, tmp_path_factory):
     """The study's folder, run twice: the first time it was stopped in the comparison of its second scheme."""
     folder = tmp_path_factory.mktemp("arms")
     shutil.copytree(tiny_folder, folder / "model")
-    words = [f"Word {i * 37 % 101} of line {i}, and {'abcdefgh'[i % 8] * (i % 5 + 1)}" for i in range(400)]
+    words = [f"Word {i * 3719 % 10007} of {i + 1000}, {'abcdefgh'[i % 8] * (i % 5 + 1)}" for i in range(400)]
     (folder / "text.txt").write_text("\n".join(words))
     (folder / "s.toml").write_text(STUDY.format(folder=folder))
     argv = ["run", str(folder / "s.toml"), "--out", str(folder / "out")]
