@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qsae_jax.report.tables import Table, interval, number
+from qsae_jax.report.tables import Table, interval, number, whole
 
 
 def arm_name(row: dict[str, Any]) -> str:
@@ -22,7 +22,7 @@ def verdicts_table(found: Sequence[dict[str, Any]], verdicts: Mapping[str, str])
         told = one["verdict"]
         gap, price = told["gaps"]["transferred"], told.get("price")
         cells = [cell for name in ("fvu", "loss") for cell in (interval(gap[name]), number(told["margin"][name], 3))]
-        after = interval(price["tokens"]) if price else "–"
+        after = interval(price["tokens"], show=whole) if price else "–"
         rows.append([one["scheme"], verdicts[told["choice"]].split()[0].lower(), told["how"] or "–", *cells, after])
     return Table(heads, rows)
 
@@ -48,7 +48,7 @@ def price_said(compare: dict[str, Any]) -> list[str]:
     if tokens["value"] is None:
         return ["By the power law of its budgets, retraining never overtakes the transferred dictionary."]
     how = "extrapolated by a power law" if price["beyond"] else "within the budgets that were run"
-    said = f"Retraining overtakes the transferred dictionary after {interval(tokens)} tokens, {how}"
+    said = f"Retraining overtakes the transferred dictionary after {interval(tokens, show=whole)} tokens, {how}"
     cost = ", ".join(f"{name} {number(s, 3)} s" for name, s in (seconds or {}).items())
     return [f"{said}; one chip of each would take, at 40 % of its peak: {cost}." if cost else f"{said}."]
 

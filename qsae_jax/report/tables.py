@@ -68,8 +68,14 @@ def audit_table(audit: dict[str, Any]) -> Table:
     return Table([(name, why) for name, why, _ in AUDIT], made)
 
 
-def interval(got: dict[str, float | None], share: bool = False) -> str:
-    show = percent if share else lambda x: number(x, 3)
+def whole(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{value:,.0f}"
+
+
+def interval(
+    got: dict[str, float | None], share: bool = False, show: Callable[[float | None], str] | None = None
+) -> str:
+    show = show or (percent if share else lambda x: number(x, 3))
     if got["low"] == got["high"] == got["value"]:
         return show(got["value"])
     ends = [show(got[name]).removesuffix(" %") for name in ("low", "high")]
