@@ -35,7 +35,7 @@ demo: $(BASE)
 	$(BIN)/qsae demo $(DEMO_ARGS)
 
 test: lint
-	$(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(TEST)
 	$(BIN)/ruff format --check .

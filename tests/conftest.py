@@ -20,6 +20,21 @@ hypothesis.settings.register_profile("qsae", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("qsae")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--once", action="store_true", help="run each test in the first of its cases only")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Under --once the first case of every test: enough to see that another Python and JAX run all of it."""
+    if config.getoption("--once"):
+        first = {
+            (item.path, item.cls, getattr(item, "originalname", item.name)): item for item in reversed(items)
+        }.values()
+        kept = [item for item in items if item in first]
+        config.hook.pytest_deselected(items=[item for item in items if item not in first])
+        items[:] = kept
+
+
 @pytest.fixture(scope="session")
 def torch():
     """The oracle of the parity tests, which are skipped where it is not installed."""

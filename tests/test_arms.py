@@ -202,16 +202,16 @@ def test_a_sweep_lays_its_studies_beside_each_other(done, tmp_path, capsys):
     """A folder and a row for every combination and scheme, with the numbers of its files; again, all is reused."""
     text = (done / "s.toml").read_text()
     text = text[: text.index("[arms]")].replace("960", "320").replace('"int2,int3"', '"int2"')
-    sweep = '[sweep]\n"sae.expansion" = [0.5, 2]\npoint = ["blocks.0.resid_post", "blocks.1.mlp_out"]\n'
+    sweep = '[sweep]\n"sae.expansion" = [0.5, 2]\npoint = ["blocks.1.mlp_out"]\n'
     (tmp_path / "s.toml").write_text(text + sweep)
     argv = ["run", str(tmp_path / "s.toml"), "--out", str(tmp_path / "out")]
     assert main(argv) == 0
     found = json.loads((tmp_path / "out/sweep.json").read_text())["rows"]
-    names = [f"sae.expansion={e},point=blocks.{p}" for e in ("0.5", "2") for p in ("0.resid_post", "1.mlp_out")]
+    names = [f"sae.expansion={e},point=blocks.1.mlp_out" for e in ("0.5", "2")]
     assert [(row["study"], row["scheme"]) for row in found] == [(n, s) for n in names for s in ("int8", "int2")]
     audits = [read_json(tmp_path / "out" / name / "audit.json") for name in names]
-    assert [one["point"] for one in audits] == ["blocks.0.resid_post", "blocks.1.mlp_out"] * 2
-    assert [one["reference"]["latents"] for one in audits] == [8, 8, 32, 32]
+    assert [one["point"] for one in audits] == ["blocks.1.mlp_out"] * 2
+    assert [one["reference"]["latents"] for one in audits] == [8, 32]
     for row in found:
         folder = tmp_path / "out" / row["study"]
         assert row["survived"] in [one["survived"] for one in read_json(folder / "audit.json")["rows"]]
@@ -221,7 +221,7 @@ def test_a_sweep_lays_its_studies_beside_each_other(done, tmp_path, capsys):
             assert row["fvu_retrained"] in [r["fvu"]["value"] for r in compared["rows"] if r["arm"] == "retrained"]
     capsys.readouterr()
     assert main(argv) == 0
-    assert capsys.readouterr().out.count("already done") == 4 * 4
+    assert capsys.readouterr().out.count("already done") == 4 * 2
 
 
 def test_a_sweep_over_no_list_is_refused(tmp_path, capsys):
