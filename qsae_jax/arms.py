@@ -24,7 +24,7 @@ from qsae_jax.compare.transfer import Arms, compares
 from qsae_jax.errors import Interrupted
 from qsae_jax.files import make_folder
 from qsae_jax.lm.model import LM
-from qsae_jax.lm.tap import Point, activations
+from qsae_jax.lm.tap import Point, activations, weights_before
 from qsae_jax.lm.tokenizer import load_tokenizer
 from qsae_jax.mesh import on_data, return_freed
 from qsae_jax.progress import progress, stop_signal
@@ -58,7 +58,7 @@ def trained(study: Study) -> dict[str, Job]:
 
 def finetuned(study: Study) -> dict[str, Job]:
     """What goes on from the full-precision dictionary on a quantized model's activations; and at home, which tells
-    how much of its gain is that it learnt from more tokens."""
+    how much of its gain is that it learnt from more tokens: those after the ones that it was trained on."""
     arms, seed = study.arms, study.train.seed
     jobs = {"fp-finetuned": Job("fp", seed, origin="fp", tokens=arms.finetune)} if arms.finetune else {}
     for scheme in study.compared if arms.finetune else ():
@@ -76,7 +76,8 @@ def adaptations(study: Study) -> list[str]:
 
 
 def train(study: Study, lm: LM, windows: Windows, point: Point, mesh: Mesh, jobs: Mapping[str, Job], out: Path) -> None:
-    """Train the jobs on one stream of the training's windows; those with an origin go on from it."""
+    """Train the jobs on one stream of the training's windows; those with an origin go on from it, on what follows in
+    the stream (which begins again where the text ends)."""
     twins = {name: lm if name == "fp" else fake_quantize(lm, name) for name in dict.fromkeys(_twins(jobs))}
     stream = ActivationStream(twins, point, windows, mesh, batch=study.train.batch, seed=study.train.shuffle,
                               skip_first=study.tokens.skip_first, forward=study.batch)  # fmt: skip
@@ -84,8 +85,10 @@ def train(study: Study, lm: LM, windows: Windows, point: Point, mesh: Mesh, jobs
     config = replace(study.sae, lr=study.arms.finetune_lr or study.sae.lr) if initial else study.sae
     folder = out / ("finetune" if initial else "train")
     most = max(job.tokens or study.train.tokens for job in jobs.values())
-    for name, sae in fit(stream, jobs, config, most, folder, initial, study.train.log).items():
-        _save(study, sae, windows, point, out / "saes" / name, learned(jobs[name], study.train))
+    after = study.train.tokens if initial else 0
+    for name, sae in fit(stream, jobs, config, most, folder, initial, study.train.log, after).items():
+        job = replace(jobs[name], config=config)
+        _save(study, sae, windows, point, out / "saes" / name, learned(job, study.train))
     forget_steps(folder)
 
 
@@ -180,14 +183,8 @@ def _arms(study: Study, scheme: str, mesh: Mesh, out: Path) -> Arms:
 
 def prices(lm: LM, point: Point, sae: SAE, sparse: bool) -> Callable[[float], dict[str, float]]:
     """What so many tokens of training such a dictionary cost, in seconds by device."""
-    flops = budget.flops_per_token(_parameters_before(lm, point), sae.d, sae.latents, sparse)
+    flops = budget.flops_per_token(weights_before(lm, point), sae.d, sae.latents, sparse)
     return lambda tokens: budget.price(tokens, flops)
-
-
-def _parameters_before(lm: LM, point: Point) -> int:
-    """Parameters of the blocks that run before a point's activations are there, embedding aside."""
-    last = lm.config.n_layers if point.layer is None else point.layer
-    return sum(leaf.size for i, block in enumerate(lm.blocks) if i <= last for leaf in jax.tree.leaves(block))
 
 
 FATES = {"lost": 0, "split": 0, "new": 1, "merged": 1}

@@ -30,12 +30,13 @@ DEVICES = {
     "TPU v6e": 918e12,
     "H100 SXM": 989e12,
     "H200": 989e12,
-    "2-core CPU": 66e9,
+    "2 cores, AVX2": 66e9,
+    "2 cores, AVX-512": 340e9,
 }
 """FLOP/s of one chip: dense bfloat16 peaks from the data sheets (Google Cloud's pages on TPU v5e, v5p and v6e; NVIDIA's
 on H100 SXM and H200, whose 1,979 teraFLOP/s are with sparsity), for which the products have to be in bfloat16. Those of
-the CPU are what a float32 product reaches on the two cores that this project is measured on (experiments/README.md)."""
-MEASURED = ("2-core CPU",)
+the CPUs are what a float32 product reached on the cores that this project was measured on (experiments/README.md)."""
+MEASURED = ("2 cores, AVX2", "2 cores, AVX-512")
 """Devices whose number is a rate that was reached, and not a peak."""
 UTILISATION = 0.4
 """The share of a peak that is reached: an assumption, not measured here."""
@@ -139,7 +140,8 @@ def overtaking(
     statistics, beyond which 2.5 % of the resamples lie on either side: infinities have an order but no mean, so that
     neither interpolation nor the expanded percentiles of `stats.percentile` would do. None stands for never (`high`
     where more than 2.5 % of the resamples never get there), and for ends without resamples. A value of `tokens[0]` is
-    an upper bound. `beyond`: no budget that was run is enough, and the value is the law's. `reached`: there is one.
+    an upper bound (`at_most`). `beyond`: no budget that was run is enough, and the value is the law's. `reached`:
+    there is one.
     The intervals hold what other held-out tokens would change; another seed, or a law that fails, they do not."""
     tokens, curves = np.asarray(tokens, np.float64), np.asarray(curves, np.float64)
     value, *drawn = (crossing(tokens, curve, float(level)) for curve, level in zip(curves, levels, strict=True))
@@ -150,6 +152,7 @@ def overtaking(
     return {
         "tokens": {name: x if isfinite(x) else None for name, x in Interval(value, low, high).as_dict().items()},
         "beyond": not bool((curves[0] <= levels[0]).any()),
+        "at_most": bool(curves[0][0] <= levels[0]),
         "law": asdict(law) if law else None,
         "reached": isfinite(value),
     }

@@ -47,10 +47,10 @@ def priced(curves: Mapping[str, Any] | None, prices: Callable[[float], Mapping[s
     """The tokens after which retraining overtakes the transferred dictionary, and the seconds that they cost."""
     if not curves or "overtaking" not in curves:
         return None
-    tokens = curves["overtaking"]["tokens"]
-    value = tokens["value"]
+    met = curves["overtaking"]
+    value = met["tokens"]["value"]
     seconds = dict(prices(value)) if prices and value is not None else None
-    return {"tokens": tokens, "beyond": curves["overtaking"]["beyond"], "seconds": seconds}
+    return {key: met[key] for key in ("tokens", "beyond", "at_most")} | {"seconds": seconds}
 
 
 def fvu_drawn(groups: Sums) -> Float[np.ndarray, "draws"]:

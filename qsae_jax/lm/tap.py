@@ -9,13 +9,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qsae_jax.errors import UserError, nearest
-from qsae_jax.lm.model import LM
+from qsae_jax.lm.layers import GatedMLP, Linear
+from qsae_jax.lm.model import LM, Block
 
 SITES = (
     *("resid_pre", "attn.q", "attn.k", "attn.v", "attn.z", "attn_out", "resid_mid"),
@@ -110,6 +113,30 @@ def shapes_at(lm: LM, where: Sequence[Point]) -> list[tuple[int, ...]]:
 def width_at(lm: LM, point: Point) -> int:
     """How many numbers a token has at a point (heads and their widths counted together)."""
     return int(np.prod(shapes_at(lm, [point])[0]))
+
+
+def weights_before(lm: LM, point: Point) -> int:
+    """How many weights of linear maps the activations at a point are computed by: each is one multiplication and one
+    addition for a token. The embedding is looked up."""
+    if point.site == "embed":
+        return 0
+    parts: list[Any] = list(lm.blocks if point.layer is None else lm.blocks[: point.layer])
+    if point.layer is not None:
+        parts += _parts_before(lm.blocks[point.layer], point.site, lm.config.parallel)
+    leaves = jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return sum(leaf[...].size for leaf in leaves if isinstance(leaf, Linear))
+
+
+def _parts_before(block: Block, site: str, parallel: bool) -> list[Any]:
+    """What runs in a block before a site. In a parallel block the mlp does not wait for attention."""
+    attn, mlp = block.attn, block.mlp
+    first = mlp.gate if isinstance(mlp, GatedMLP) else mlp.up
+    ready = [] if parallel else [attn]
+    if site.startswith("attn.") and site != "attn.z":
+        return [getattr(attn, site[-1])]
+    before = {"resid_pre": [], "attn.z": [attn.q, attn.k, attn.v], "attn_out": [attn], "resid_mid": [attn]}
+    before |= {"mlp.pre": [*ready, first], "mlp.post": [*ready, first, *([] if first is mlp.up else [mlp.up])]}
+    return (before | {"mlp_out": [*ready, mlp], "resid_post": [attn, mlp]})[site]
 
 
 @partial(jax.jit, static_argnums=1)

@@ -74,15 +74,17 @@ def fit(
     folder: Path,
     initial: Mapping[str, SAE] | None = None,
     log: Sequence[str] = (),
+    after: int = 0,
 ) -> dict[str, SAE]:
     """Train every job on `tokens` activations; metrics go to `folder/NAME.jsonl`, and to TensorBoard and Weights &
-    Biases where `log` names them. `initial` are the dictionaries that jobs go on from.
+    Biases where `log` names them. `initial` are the dictionaries that jobs go on from. The first `after` rows of the
+    stream are passed over: those that such dictionaries learnt from already.
 
     States that an interrupted call kept in the folder are gone on from, if they were made under the same settings."""
     check_kinds(log)
     steps = {name: _steps(job, tokens, stream.batch) for name, job in jobs.items()}
     most = max(steps.values())
-    settings = _settings(stream, jobs, config, tokens)
+    settings = _settings(stream, jobs, config, tokens) | ({"after": after} if after else {})
     make_folder(folder)
     with Steps(folder / "steps") as kept:
         first = stream.first(FIRST_ROWS)
@@ -90,7 +92,7 @@ def fit(
         if kept.latest is not None:
             _same(settings, folder)
         states = _begin(first, stream, jobs, config, steps, initial or {})
-        stream.taken, stream.until = 0, most * stream.batch
+        stream.taken, stream.until = after, after + most * stream.batch
         if kept.latest is None:
             write_json(folder / SETTINGS, settings)
             _forget_logs(folder, jobs)
@@ -98,8 +100,8 @@ def fit(
             states, plain = kept.load(states)
             stream.taken = int(plain["taken"])
         del first
-        work = _Work(stream, jobs, {name: job.config or config for name, job in jobs.items()}, steps, kept)
-        with closing(Logs(folder, list(jobs), stream.taken, log)) as logs:
+        work = _Work(stream, jobs, {name: job.config or config for name, job in jobs.items()}, steps, kept, after)
+        with closing(Logs(folder, list(jobs), stream.taken - after, log)) as logs:
             states = work.done(states, logs)
     return {name: finished(state, work.configs[name]) for name, state in states.items()}
 
@@ -191,6 +193,7 @@ class _Work:
     configs: Mapping[str, SAEConfig]
     steps: Mapping[str, int]
     kept: Steps
+    after: int
 
     def __post_init__(self) -> None:
         kinds = {name: (config, self.steps[name], len(self.jobs[name].twins)) for name, config in self.configs.items()}
@@ -199,7 +202,7 @@ class _Work:
 
     def done(self, states: dict[str, TrainState], logs: Logs) -> dict[str, TrainState]:
         stream, batch = self.stream, self.stream.batch
-        at, last, most, took = stream.taken // batch, time.monotonic(), max(self.steps.values()), 0.0
+        at, last, most, took = (stream.taken - self.after) // batch, time.monotonic(), max(self.steps.values()), 0.0
         with progress(_title(self.jobs), most * batch) as advance, stop_signal() as stopped:
             advance(at * batch)
             began = time.monotonic()
