@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -21,10 +20,10 @@ from qsae_jax.acts.tokens import Windows, counted_rows, in_order, windows_per_fo
 from qsae_jax.audit.contexts import contexts, with_text
 from qsae_jax.compare import adapt, budget, probe
 from qsae_jax.compare.transfer import Arms, compares
-from qsae_jax.errors import Interrupted
+from qsae_jax.errors import Interrupted, UserError
 from qsae_jax.files import make_folder
 from qsae_jax.lm.model import LM
-from qsae_jax.lm.tap import Point, activations, weights_before
+from qsae_jax.lm.tap import Point, activations, weights_before, width_at
 from qsae_jax.lm.tokenizer import load_tokenizer
 from qsae_jax.mesh import on_data, return_freed
 from qsae_jax.progress import progress, stop_signal
@@ -110,8 +109,17 @@ def rows_at(lm: LM, windows: Windows, point: Point, mesh: Mesh, skip_first: int,
             (x,) = activations(lm, (point,), on_data(ids, mesh))
             parts.append(np.asarray(counted_rows(x[: int(weight.sum())], skip_first), np.float32))
             if stopped():
-                raise Interrupted("adapting stopped; the same command begins this stage again")
+                raise Interrupted("stopped; the same command begins this stage again")
     return jnp.asarray(np.concatenate(parts))
+
+
+def check_adapt(study: Study, lm: LM, windows: Windows, point: Point) -> None:
+    """Refuse `arms.adapt` before anything is trained: too few tokens, or more than there are."""
+    if study.arms.adapt:
+        some = -(-study.arms.adapt // windows.seq)
+        if some > len(windows):
+            raise UserError(f"key `arms.adapt` takes {some} windows, and {len(windows)} are left to train on: lower it")
+        adapt.check_enough(some * (windows.seq - study.tokens.skip_first), width_at(lm, point))
 
 
 def adapted(study: Study, lm: LM, windows: Windows, point: Point, mesh: Mesh, out: Path) -> None:
@@ -139,7 +147,6 @@ def compare(
 ) -> None:
     """`compare.json` of the first scheme, `compare/SCHEME.json` of the others."""
     s = study
-    folder = make_folder(out / "compare") if len(s.compared) > 1 else out
     shared = {"sae": "fp", "reseeded": f"fp-seed{s.train.reseed}"}
     if s.arms.nonsense:
         shared |= {"random": "random", "shuffled": "shuffled"}
@@ -152,14 +159,18 @@ def compare(
     found = compares(lm, {scheme: _arms(s, scheme, mesh, out) for scheme in s.compared}, held, windows, point,
                      labels=labels, prices=prices(lm, point, held["sae"], s.sae.selects), batch=s.batch, mesh=mesh,
                      skip_first=s.tokens.skip_first, facts=told)  # fmt: skip
-    for i, (scheme, one) in enumerate(found.items()):
+    for scheme, one in found.items():
         one.facts["retrained"] = f"saes/{scheme}"
-        twin = fake_quantize(lm, scheme)
+        lms = lm, fake_quantize(lm, scheme)
         if s.arms.contexts:
             pair = held["sae"], load_sae(out / "saes" / scheme, mesh)
-            one.facts["texts"] = _texts(s, (lm, twin), pair, windows, point, mesh, one.facts["fates"])
+            one.facts["texts"] = _texts(s, lms, pair, windows, point, mesh, one.facts["fates"])
         if s.arms.crosscoder == scheme:
-            one.facts["crosscoder"] = _told_apart(s, (lm, twin), windows, point, mesh, out)
+            one.facts["crosscoder"] = _told_apart(s, lms, windows, point, mesh, out)
+        del lms
+        return_freed()
+    folder = make_folder(out / "compare") if len(s.compared) > 1 else out
+    for i, (scheme, one) in enumerate(found.items()):  # all or none: what is half there would be shown
         one.write(folder / f"{scheme}.json" if i else out / "compare.json")
 
 

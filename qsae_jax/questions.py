@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qsae_jax.acts.tokens import Windows, check_windows, load_windows
+from qsae_jax.asked import CloserConfig
 from qsae_jax.audit import predict
 from qsae_jax.audit.act import act, summary
 from qsae_jax.audit.contexts import contexts, with_text
@@ -21,7 +22,7 @@ from qsae_jax.lm.tokenizer import load_tokenizer
 from qsae_jax.progress import progress, stop_signal
 from qsae_jax.quant.fake import fake_quantize
 from qsae_jax.quant.scheme import Scheme, parse_scheme
-from qsae_jax.recipe import CloserConfig, Study
+from qsae_jax.recipe import Study
 from qsae_jax.sae.formats import load_sae
 from qsae_jax.sae.model import SAE
 

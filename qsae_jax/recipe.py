@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from qsae_jax.asked import CloserConfig, ExpectedConfig, PredictConfig, names
 from qsae_jax.audit.protocols import Protocol, check_distinct
 from qsae_jax.config import build, check_at_least, read_toml, with_settings
 from qsae_jax.errors import UserError
@@ -97,63 +98,6 @@ class ArmsConfig:
 
 
 @dataclass(frozen=True)
-class CloserConfig:
-    """Single features, looked at more closely under one scheme of the audit."""
-
-    scheme: str = ""
-    """Empty: the quantizer that leaves the fewest features."""
-    features: int = 0
-    """How many; 0 leaves this out."""
-    tokens: int = 4096
-    """The first of the audit's."""
-
-    def __post_init__(self) -> None:
-        check_at_least(self, "", features=0, tokens=1)
-        if self.scheme and not self.features:
-            raise UserError(
-                f"`{self.scheme}` is to be looked at more closely: say at how many features, with `features`"
-            )
-        object.__setattr__(self, "scheme", self.scheme and str(parse_scheme(self.scheme)))
-
-
-@dataclass(frozen=True)
-class PredictConfig:
-    """Who survives: predicted from what full precision alone knows of a feature."""
-
-    schemes: tuple[str, ...] = ()
-    """For which schemes of the audit; none leaves this out."""
-    others: tuple[str, ...] = ()
-    """Folders of other audits (another model, layer or dictionary) that the predictor is carried over to and from."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "schemes", _names(self.schemes))
-        for folder in self.others:
-            if not (Path(folder) / "features.parquet").is_file():
-                raise UserError(f"key `predict.others`: `{folder}` holds no features.parquet: name an audit's folder")
-
-
-@dataclass(frozen=True)
-class ExpectedConfig:
-    """What somebody published, to be shown beside what is found."""
-
-    source: str = ""
-    rows: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Scheme -> a number of its row -> its value; `fp` for full precision."""
-    within: dict[str, float] = field(default_factory=dict)
-    """How far a number may be off: relative for `ppl`, else absolute."""
-
-    def __post_init__(self) -> None:
-        named = {str(parse_scheme(name)): row for name, row in self.rows.items()}
-        object.__setattr__(self, "rows", named)
-        if wrong := [name for name, row in named.items() if not row.get("ppl", 1) > 0]:
-            raise UserError(f"key `expected.rows.{wrong[0]}.ppl` is not above 0: give the published perplexity")
-
-
-def _names(schemes: Sequence[str]) -> tuple[str, ...]:
-    return tuple(map(str, parse_schemes(",".join(schemes)))) if schemes else ()
-
-
-@dataclass(frozen=True)
 class Study:
     """Everything that decides the numbers of a run."""
 
@@ -206,10 +150,10 @@ class Study:
             raise UserError(
                 "key `perplexity` cuts the text anew, and npy: gives windows as they are: give a text source"
             )
-        audited = _names(self.schemes)
-        for key, names in (("predict.schemes", self.predict.schemes), ("contexts.scheme", [self.contexts.scheme]),
+        audited = names(self.schemes)
+        for key, some in (("predict.schemes", self.predict.schemes), ("contexts.scheme", [self.contexts.scheme]),
                            ("act.scheme", [self.act.scheme])):  # fmt: skip
-            if lacking := [name for name in names if name and name not in audited]:
+            if lacking := [name for name in some if name and name not in audited]:
                 raise UserError(f"key `{key}`: `{lacking[0]}` is not in the audit: add it to `schemes`")
         self._check_points()
         self._check_arms()
@@ -231,6 +175,10 @@ class Study:
             raise UserError(f"key `arms.crosscoder`: `{self.arms.crosscoder}` is not in `compare`: add it there")
         if self.arms.budgets and self.arms.budgets[-1] >= self.train.tokens:
             raise UserError(f"key `arms.budgets` goes up to {self.arms.budgets[-1]}: stay below train.tokens")
+        small = {"arms.budgets": min(self.arms.budgets, default=0), "arms.finetune": self.arms.finetune}
+        for key, tokens in small.items():
+            if 0 < tokens < self.train.batch:
+                raise UserError(f"key `{key}`: {tokens} tokens are less than a step of {self.train.batch}, train.batch")
         if self.arms.probes and self.tokens.source.startswith("npy:"):
             raise UserError("key `arms.probes` reads the tokens' text, which npy: has none of: give a text source")
 

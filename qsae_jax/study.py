@@ -197,12 +197,14 @@ class Stages:
         return self.windows.part(held, len(self.windows))
 
     def _train(self, jobs: dict[str, Job]) -> None:
-        s = self.study
-        arms.train(s, self.lm, self._learnt_from(), check_point(self.lm, s.point), self.mesh, jobs, self.out)
+        s, windows, point = self.study, self._learnt_from(), check_point(self.lm, self.study.point)
+        arms.check_adapt(s, self.lm, windows, point)
+        arms.train(s, self.lm, windows, point, self.mesh, jobs, self.out)
 
     def _adapt(self) -> None:
-        s = self.study
-        arms.adapted(s, self.lm, self._learnt_from(), check_point(self.lm, s.point), self.mesh, self.out)
+        s, windows, point = self.study, self._learnt_from(), check_point(self.lm, self.study.point)
+        arms.check_adapt(s, self.lm, windows, point)
+        arms.adapted(s, self.lm, windows, point, self.mesh, self.out)
 
     def _audit(self) -> None:
         s, windows = self.study, self._held_out(self.study.tokens.audit)
@@ -229,6 +231,7 @@ class Stages:
 
     def _compare(self) -> None:
         s = self.study
+        (self.out / "compare.json").unlink(missing_ok=True)
         shutil.rmtree(self.out / "compare", ignore_errors=True)  # schemes of an earlier study
         windows, point = self._held_out(s.tokens.compare), check_point(self.lm, s.point)
         arms.compare(s, self.lm, windows, point, self.mesh, self.facts, self.out)

@@ -23,6 +23,10 @@ def read_studies(path: Path, settings: Sequence[str] = ()) -> dict[str, Study]:
     `sweep` is named by the empty string."""
     tables = read_toml(path)
     swept = tables.pop("sweep", {})
+    if not isinstance(swept, dict):
+        raise UserError(f"key `sweep` of `{path}` is no table: write [sweep], and under it lists of values")
+    if both := [key for key in (setting.partition("=")[0].strip() for setting in settings) if key in swept]:
+        raise UserError(f"--set {both[0]}: the sweep of `{path}` gives it several values: edit them there")
     if wrong := [key for key, values in swept.items() if not isinstance(values, list) or not values]:
         raise UserError(f"key `sweep.{wrong[0]}` of `{path}` is no list of values: write for example [1, 2, 4]")
     found = {}
@@ -60,6 +64,7 @@ def rows(out: Path, name: str) -> list[dict[str, Any]]:
 
 
 def _compared(compare: dict[str, Any]) -> dict[str, Any]:
+    """FVU of the dictionaries of `train.seed`; the gap is the verdict's, a mean over seeds where there are two."""
     arms = {(row["arm"], row["judged_on"]): row["fvu"]["value"] for row in compare["rows"] if not row["how"]}
     scheme, told = compare["scheme"], compare["verdict"]
     keys = {"reference": "fp", "transferred": scheme, "retrained": scheme}

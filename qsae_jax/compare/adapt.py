@@ -65,10 +65,7 @@ class Moments:
 
 def adapted(sae: SAE, home: Float[Array, "n d"], there: Float[Array, "n d"], rank: int = RANK) -> Mapping[str, SAE]:
     """The dictionary under each of CLOSED, from the activations of the same tokens at home and in the twin."""
-    if len(home) <= 2 * sae.d:
-        raise UserError(
-            f"{len(home)} tokens are too few to adapt a dictionary of width {sae.d}: give more than {2 * sae.d}"
-        )
+    check_enough(len(home), sae.d)
     base = recentred(sae, False)
     x, y = (np.asarray(sae.normed(a), np.float64) for a in (home, there))
     at_home, here = Moments.of(x), Moments.of(y)
@@ -79,6 +76,12 @@ def adapted(sae: SAE, home: Float[Array, "n d"], there: Float[Array, "n d"], ran
     for name, B, C in zip(("lowrank", "affine"), reads, writes, strict=True):
         found[name] = _gained(_reading(base, at_home, here, B, C), goal)
     return found
+
+
+def check_enough(tokens: int, d: int) -> None:
+    """Refuse too few tokens for a map of d coordinates: covariances of as many have no inverse to speak of."""
+    if tokens <= 2 * d:
+        raise UserError(f"{tokens} tokens are too few to adapt a dictionary of width {d}: give more than {2 * d}")
 
 
 def kept(before: SAE, after: SAE) -> float:

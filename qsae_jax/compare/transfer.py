@@ -1,7 +1,7 @@
 """Transferred, adapted, retrained: the arms, each judged on both models and spliced back into both.
 
 reference     the full-precision dictionary, on the full-precision model
-transferred   the same dictionary, on the quantized model; `seed` is that of a second one
+transferred   the same dictionary, on the quantized model
 adapted       carried over and adapted, cheapest first (adapt.py), and fine-tuned there on few tokens
 retrained     trained on the quantized model's activations, from the same seed and tokens
 reseeded      the full-precision dictionary trained again from another seed: the floor for every difference
@@ -53,6 +53,10 @@ class Arms:
     @property
     def own(self) -> dict[str, SAE]:
         return {"retrained": self.retrained, **({"again": self.again} if self.again else {}), **self.adapted}
+
+    @property
+    def all(self) -> list[SAE]:
+        return [*self.own.values(), *(sae for by in self.curves.values() for sae in by.values())]
 
 
 @dataclass(frozen=True)
@@ -217,7 +221,7 @@ def compares(
         if parse_scheme(scheme).full:
             raise UserError("compare at `fp`: name the scheme to compare full precision with, for example int4")
     check_windows(windows, skip_first, lm.config.context)
-    for one in [*shared.values(), *(sae for each in arms.values() for sae in each.own.values())]:
+    for one in [*shared.values(), *(sae for each in arms.values() for sae in each.all)]:
         check_width(one, width_at(lm, point), str(point))
     comparing = Comparing(lm, shared, windows, point, skip_first, batch, mesh, labels, prices)
     return comparing.all(arms, facts or {})

@@ -1,8 +1,9 @@
 """The tables of a comparison: every arm, the gaps that the verdict rests on, likeness, and the price of retraining."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from qsae_jax.compare.budget import MEASURED, UTILISATION
 from qsae_jax.report.tables import Table, interval, number, whole
 
 
@@ -11,7 +12,7 @@ def arm_name(row: dict[str, Any]) -> str:
     return f"{row['arm']} ({row['how']})" if row.get("how") else row["arm"]
 
 
-def verdicts_table(found: Sequence[dict[str, Any]], verdicts: Mapping[str, str]) -> Table:
+def verdicts_table(found: Sequence[dict[str, Any]]) -> Table:
     """One row for each scheme: the verdict, the gap of the dictionary carried over, and what makes up for it."""
     heads = [("scheme", ""), ("verdict", ""), ("by", "the cheapest adaptation that is within the margin")]
     heads += [("FVU gap", "of the dictionary carried over to the retrained one, paired"), ("its margin", "")]
@@ -23,7 +24,9 @@ def verdicts_table(found: Sequence[dict[str, Any]], verdicts: Mapping[str, str])
         gap, price = told["gaps"]["transferred"], told.get("price")
         cells = [cell for name in ("fvu", "loss") for cell in (interval(gap[name]), number(told["margin"][name], 3))]
         after = interval(price["tokens"], show=whole) if price else "–"
-        rows.append([one["scheme"], verdicts[told["choice"]].split()[0].lower(), told["how"] or "–", *cells, after])
+        at_most = "at most " if price and price.get("at_most") else ""
+        by = told["how"] if told["choice"] == "adapt" else "–"
+        rows.append([one["scheme"], told["choice"], by, *cells, at_most + after])
     return Table(heads, rows)
 
 
@@ -44,13 +47,24 @@ def price_said(compare: dict[str, Any]) -> list[str]:
     price = compare["verdict"].get("price")
     if not price:
         return []
-    tokens, seconds = price["tokens"], price["seconds"]
+    tokens = price["tokens"]
     if tokens["value"] is None:
-        return ["By the power law of its budgets, retraining never overtakes the transferred dictionary."]
+        law = (compare.get("curves") or {}).get("overtaking", {}).get("law")
+        why = "by the power law of its budgets" if law else "its error does not fall over its budgets"
+        return [f"Retraining never overtakes the transferred dictionary: {why}."]
     how = "extrapolated by a power law" if price["beyond"] else "within the budgets that were run"
-    said = f"Retraining overtakes the transferred dictionary after {interval(tokens, show=whole)} tokens, {how}"
-    cost = ", ".join(f"{name} {number(s, 3)} s" for name, s in (seconds or {}).items())
-    return [f"{said}; one chip of each would take, at 40 % of its peak: {cost}." if cost else f"{said}."]
+    how = "the fewest that were run" if price.get("at_most") else how
+    after = f"{'at most ' if price.get('at_most') else ''}{interval(tokens, show=whole)}"
+    said = [f"Retraining overtakes the transferred dictionary after {after} tokens, {how}."]
+    return [*said, _cost(price["seconds"])] if price["seconds"] else said
+
+
+def _cost(seconds: dict[str, float]) -> str:
+    """What they take, on devices whose rate is known and on those of which only the peak is."""
+    peak = ", ".join(f"{name} {number(s, 3)} s" for name, s in seconds.items() if name not in MEASURED)
+    reached = ", ".join(f"{name} {number(s, 3)} s" for name, s in seconds.items() if name in MEASURED)
+    said = f"On one chip of each, at {UTILISATION:.0%} of its peak: {peak}"
+    return f"{said}; at the rate that was measured: {reached}." if reached else f"{said}."
 
 
 def arms_table(compare: dict[str, Any]) -> Table:

@@ -144,12 +144,14 @@ def budgets(curves: Mapping[str, Any], name: str) -> str:
         figure, (ax,) = drawing(8.6, 3.4)
         level, met = curves["transferred"], curves.get("overtaking")
         ax.axhline(level["value"], color=RED, label="transferred")
-        ax.axhspan(level["low"], level["high"], color=RED, alpha=0.15, lw=0)
+        if level["low"] is not None:  # one window has no interval
+            ax.axhspan(level["low"], level["high"], color=RED, alpha=0.15, lw=0)
         for arm, colour in (("retrained", GREEN), ("finetuned", PINK)):
             points = curves.get(arm, [])
-            ends = np.array([[p["value"] - p["low"], p["high"] - p["value"]] for p in points]).reshape(-1, 2).T
-            at, values = [p["tokens"] for p in points], [p["value"] for p in points]
-            ax.errorbar(at, values, yerr=ends.clip(0), fmt="o-", ms=5, color=colour, label=arm)
+            at = [p["tokens"] for p in points]
+            values, low, high = (np.array([p[key] for p in points], float) for key in ("value", "low", "high"))
+            ends = np.stack([values - low, high - values]).clip(0)
+            ax.errorbar(at, values, yerr=ends, fmt="o-", ms=5, color=colour, label=arm)
         if met and met["law"] and met["tokens"]["value"] is not None:
             law, first, last = met["law"], curves["retrained"][0]["tokens"], curves["retrained"][-1]["tokens"]
             at = np.geomspace(first, max(last, min(met["tokens"]["value"], 100 * last)), 60)

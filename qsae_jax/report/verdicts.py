@@ -37,7 +37,7 @@ def parts(results: Results) -> list[Part]:
     found = [results.compare, *results.compared.values()]
     made = []
     if len(found) > 1 and all("gaps" in one["verdict"] for one in found):
-        made.append(Part("verdicts", "Every scheme's verdict.", table=compared.verdicts_table(found, VERDICTS)))
+        made.append(Part("verdicts", "Every scheme's verdict.", table=compared.verdicts_table(found)))
     return made + [part for i, one in enumerate(found) for part in _of_scheme(one, i)]
 
 

@@ -107,8 +107,11 @@ def fit(
 
 
 def _steps(job: Job, tokens: int, batch: int) -> int:
-    if (steps := (job.tokens or tokens) // batch) < 1:
-        raise UserError(f"train.tokens {tokens} is less than one batch of {batch}: raise it or lower train.batch")
+    wanted = job.tokens or tokens
+    if (steps := wanted // batch) < 1:
+        raise UserError(
+            f"a training on {wanted} tokens is less than one batch of {batch}: raise it or lower train.batch"
+        )
     return steps
 
 

@@ -112,7 +112,7 @@ def test_a_law_and_its_inverse():
 )
 def test_where_retraining_overtakes(level, tokens, beyond):
     got = overtaking(HALVING, FALLING[None], np.array([level]))
-    assert got["beyond"] == beyond and got["reached"] == (tokens is not None)
+    assert got["beyond"] == beyond and got["reached"] == (tokens is not None) and got["at_most"] == (level >= 1.1)
     assert got["tokens"]["value"] == (None if tokens is None else pytest.approx(tokens, rel=1e-6))
     assert got["tokens"]["low"] is got["tokens"]["high"] is None  # no resamples
     assert got["law"] == pytest.approx({"floor": 0.1, "scale": 10, "power": 0.5})

@@ -9,10 +9,22 @@ import numpy as np
 import pytest
 
 from qsae_jax.errors import UserError
+from qsae_jax.lm.layers import Linear
 from qsae_jax.lm.load import abstract_lm
 from qsae_jax.lm.model import LMConfig
 from qsae_jax.lm.rope import Rope
-from qsae_jax.lm.tap import FINAL, Point, activations, capture, check_point, patch, points, resume, width_at
+from qsae_jax.lm.tap import (
+    FINAL,
+    Point,
+    activations,
+    capture,
+    check_point,
+    patch,
+    points,
+    resume,
+    weights_before,
+    width_at,
+)
 
 PARSED = {
     "embed": Point(None, "embed"),
@@ -87,6 +99,34 @@ def test_capture_of_one_and_of_many(lm, tokens):
     np.testing.assert_allclose(both["blocks.2.resid_pre"], one, rtol=1e-6)
     assert both["blocks.0.attn.z"].shape == (3, 11, 4, 6)
     assert not np.allclose(capture(lm, "blocks.0.resid_post")(tokens), one, rtol=1e-3)
+
+
+def is_linear(x):
+    return isinstance(x, Linear)
+
+
+FAMILIES = {
+    "gated": {},
+    "plain": {"family": "gpt2", "gated": False, "act": "gelu", "n_kv_heads": 4},
+    "parallel": {"family": "gpt_neox", "gated": False, "parallel": True, "act": "gelu", "n_kv_heads": 4},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_run_before_a_point(make_lm, tokens, family):
+    """At every point the number of weights of linear maps whose change would change its activations, by gradients of a
+    random sum of them. Control: a point further is not the same number."""
+    lm = make_lm(n_layers=2, **FAMILIES[family])
+    random = np.random.default_rng(5)
+    counts = []
+    for point in points(lm):
+        (x,) = activations(lm, (point,), tokens)
+        some = jnp.asarray(random.normal(size=x.shape), x.dtype)
+        slopes = jax.grad(lambda lm, p=point, some=some: jnp.sum(activations(lm, (p,), tokens)[0] * some))(lm)
+        read = [one for one in jax.tree.leaves(slopes, is_leaf=is_linear) if is_linear(one)]
+        counts.append(sum(one[...].size for one in read if float(jnp.abs(one[...]).max()) > 0))
+        assert weights_before(lm, point) == counts[-1], point
+    assert counts[0] == 0 and counts[-1] == max(counts) and len(set(counts)) >= 10
 
 
 def flops(lowered):

@@ -16,7 +16,7 @@ from qsae_jax.errors import Interrupted, UserError
 from qsae_jax.mesh import on_data
 from qsae_jax.sae.fit import Job, fit, forget_steps
 from qsae_jax.sae.settings import SAEConfig
-from qsae_jax.sae.train import make_step, start
+from qsae_jax.sae.train import finished, make_step, start
 
 pytestmark = pytest.mark.slow
 
@@ -151,7 +151,7 @@ def test_a_finished_training_leaves_its_log(tmp_path, train):
 def test_what_cannot_be_trained_is_refused(tmp_path, mesh):
     """Less than one batch, and more codes than latents: one line that names the number and the remedy."""
     jobs, stream = {"fp": Job("fp")}, Rows(mesh(1, 1))
-    with pytest.raises(UserError, match=r"train\.tokens 15 .*batch of 16.*lower train\.batch"):
+    with pytest.raises(UserError, match=r"on 15 tokens .*batch of 16.*lower train\.batch"):
         fit(stream, jobs, CONFIG, BATCH - 1, tmp_path)
     with pytest.raises(UserError, match=r"sae\.k 17 .* 16 latents"):
         fit(stream, jobs, replace(CONFIG, k=17), BATCH, tmp_path)
@@ -250,3 +250,22 @@ def test_a_dictionary_is_gone_on_with(tmp_path, params, train, stop_after, mesh)
     assert not np.allclose(params(new)["W_dec"], params(before)["W_dec"], atol=1e-3)
     with pytest.raises(UserError, match=f"widths {D} and {D}, the activations have {2 * D}"):
         fit(Rows(mesh(1, 1)), {"fp": Job("fp", beside=("int4",))}, still, BATCH, tmp_path / "d", initial={"fp": before})
+
+
+def test_rows_that_it_learnt_from_already_are_passed_over(tmp_path, params, train, stop_after, mesh):
+    """Gone on with after 4 batches: batches 4 to 6 of the stream and no others, stopped in between or not, as steps by
+    hand on these give it. Control: from the stream's beginning it is another."""
+    before = train(tmp_path / "a", jobs={"fp": JOBS["fp"]})["fp"]
+    go = {"jobs": {"fp": Job("fp", origin="a")}, "config": CONFIG, "tokens": 3 * BATCH, "initial": {"fp": before}}
+    one = fit(stop_after(Rows(mesh(1, 1)), 99), folder=tmp_path / "b", after=4 * BATCH, **go)
+    with pytest.raises(Interrupted, match="2 of 3"):
+        fit(stop_after(Rows(mesh(1, 1)), 6), folder=tmp_path / "c", after=4 * BATCH, **go)
+    two = fit(stop_after(Rows(mesh(1, 1)), 99), folder=tmp_path / "c", after=4 * BATCH, **go)
+    first = fit(stop_after(Rows(mesh(1, 1)), 99), folder=tmp_path / "d", **go)
+    rows = Rows(mesh(1, 1))
+    state = start(CONFIG, [rows.first(32)["fp"]], 2 * D, 3, 0, rows.mesh, None, before)
+    for i in (4, 5, 6):
+        state, _ = make_step_once(CONFIG, 3, rows.mesh, 1)(state, rows.at(i * BATCH, BATCH)["fp"])
+    assert same_bits(params, one, two)["fp"] and same_bits(params, one, {"fp": finished(state, CONFIG)})["fp"]
+    assert not same_bits(params, one, first)["fp"]
+    assert [line["tokens"] for line in logs(tmp_path / "c", ["fp"])["fp"]] == [2 * BATCH, 3 * BATCH]
