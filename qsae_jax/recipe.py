@@ -200,6 +200,7 @@ DEMO = Study(
     sae=SAEConfig(sparsity="topk", k=32, expansion=8, lr=1.5e-3),
     tokens=TokensConfig(audit=4096, compare=2048),
     train=TrainTwiceConfig(tokens=73_728),
+    arms=ArmsConfig(adapt=4096),
 )
 
 

@@ -9,8 +9,12 @@ from safetensors.numpy import load_file
 
 from qsae_jax import arms
 from qsae_jax.cli import main
+from qsae_jax.compare.budget import DEVICES
 from qsae_jax.errors import Interrupted
 from qsae_jax.files import read_json
+from qsae_jax.sae.formats import save_sae
+from qsae_jax.sae.model import SAE
+from qsae_jax.sae.sparsity import TopK
 
 pytestmark = pytest.mark.slow
 STUDY = """
@@ -175,22 +179,53 @@ def compare_command(done, out, **named):
     return argv + [word for name, folder in given.items() for word in (f"--{name}", str(saes / folder))]
 
 
+def narrow():
+    random = np.random.default_rng(0)
+    rows = random.normal(size=(12, 8)).astype(np.float32)
+    return SAE(TopK(3), rows.T, np.zeros(12, np.float32), rows, np.zeros(8, np.float32))
+
+
+def test_the_command_gives_the_numbers_of_the_study(done, tmp_path):
+    """On the study's held-out windows, nothing adapted, every row that both have. Control: other windows."""
+    study = read_json(done / "out/compare.json")
+    mine = {}
+    for limit in ("320", "304"):
+        argv = compare_command(done, tmp_path / limit, shuffled="shuffled")
+        assert main([*argv, "--adapt", "0", "--limit", limit]) == 0
+        mine[limit] = read_json(tmp_path / limit / "compare.json")
+    key = ("arm", "how", "judged_on")
+    rows = {tuple(row[k] for k in key): row for row in study["rows"]}
+    for limit, same in (("320", True), ("304", False)):
+        assert len(mine[limit]["rows"]) == 12
+        for row in mine[limit]["rows"]:
+            values = [one[name]["value"] for one in (row, rows[tuple(row[k] for k in key)]) for name in ("fvu", "loss")]
+            assert (values[:2] == pytest.approx(values[2:], rel=1e-5)) == same, row
+    assert mine["320"]["verdict"]["gaps"]["finetuned"] == study["verdict"]["gaps"]["finetuned"]
+
+
 def test_the_command_takes_every_arm_too(done, tmp_path, capsys):
     """`qsae compare` on the study's dictionaries and its held-out windows, the first 64 tokens for adapting: what it
     shares with the study has the study's numbers. What cannot be is one line."""
     saes, argv = done / "out/saes", compare_command(done, tmp_path / "one")
+    save_sae(narrow(), done / "narrow", {"hook_name": "blocks.1.resid_post", "training_tokens": 48})
     assert main([*argv, "--budgets", str(saes / "int2-160"), str(saes / "int2-480")]) == 0
     mine, study = (read_json(file) for file in (tmp_path / "one/compare.json", done / "out/compare.json"))
     arms = {(row["arm"], row["how"]) for row in mine["rows"]}
     assert arms == {(row["arm"], row["how"]) for row in study["rows"]} - {("adapted", "finetuned at home")}
     assert mine["tokens"]["n"] == 320 and [p["tokens"] for p in mine["curves"]["retrained"]] == [160, 480, 960]
-    assert mine["verdict"]["price"]["seconds"] is None or "H100" in str(mine["verdict"]["price"]["seconds"])
+    seconds, overtaken = (mine["verdict"]["price"][key] for key in ("seconds", "tokens"))
+    assert (seconds is None) == (overtaken["value"] is None) and (seconds is None or set(seconds) == set(DEVICES))
     capsys.readouterr()
     for more, said in (
         (["--budgets", str(saes / "random")], "does not say from how many tokens"),
         (["--budgets", str(saes / "int2-160"), str(saes / "int3-160")], "learnt from 160 tokens, as another does"),
         (["--retrained", str(saes / "int2-160"), "--budgets", str(saes / "int2-480")], "exchange them"),
+        (["--budgets", str(saes / "int2-finetuned-160")], "goes on from `fp`: --budgets takes what was retrained"),
+        (["--budgets", str(saes / "int2-160"), str(done / "narrow")], "is of width 8, but `blocks.1.resid_post`"),
         (["--adapt", "384"], "none is left to judge on"),
+        (["--adapt", "16"], "15 tokens are too few to adapt a dictionary of width 16"),
+        (["--skip-first", "16"], "skip"),
+        (["--sae", str(done / "narrow")], "is of width 8, but `blocks.1.resid_post`"),
     ):
         assert main([*argv, *more, "--out", str(tmp_path / "two")]) == 2
         told = capsys.readouterr().err
@@ -222,6 +257,37 @@ def test_a_sweep_lays_its_studies_beside_each_other(done, tmp_path, capsys):
     capsys.readouterr()
     assert main(argv) == 0
     assert capsys.readouterr().out.count("already done") == 4 * 2
+
+
+ODD = {
+    "arms.budgets=20": "`arms.budgets`: 20 tokens are less than a step of 32",
+    "arms.finetune=20": "`arms.finetune`: 20 tokens are less than a step of 32",
+    "arms.adapt=30": "30 tokens are too few to adapt a dictionary of width 16",
+    "arms.adapt=1000000": "are left to train on: lower it",
+}
+
+
+@pytest.mark.parametrize("setting, said", ODD.items())
+def test_arms_that_are_too_small_are_refused_before_anything_is_trained(done, tmp_path, capsys, setting, said):
+    argv = ["run", str(done / "s.toml"), "--out", str(tmp_path / "out"), "--set", setting]
+    assert main(argv) == 2
+    told = capsys.readouterr().err
+    assert said in told.splitlines()[-1] and "Traceback" not in told, told
+    assert not (tmp_path / "out/saes").exists()
+
+
+def test_what_a_sweep_varies_cannot_be_set(tmp_path, capsys):
+    head = 'model = "m"\npoint = "p"\nschemes = ["int8"]\n'
+    (tmp_path / "s.toml").write_text(head + '[sweep]\n"sae.k" = [3, 4]\n')
+    (tmp_path / "t.toml").write_text("sweep = 3\n" + head)
+    argv = ["run", "--out", str(tmp_path / "out")]
+    for more, said in (
+        ([str(tmp_path / "s.toml"), "--set", "sae.k=5"], "--set sae.k"),
+        ([str(tmp_path / "t.toml")], "no table"),
+    ):
+        assert main([*argv, *more]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and said in told and not (tmp_path / "out").exists()
 
 
 def test_a_sweep_over_no_list_is_refused(tmp_path, capsys):

@@ -19,8 +19,8 @@ FLOORS = [
     ["acts"],
     ["sae"],
     ["audit", "compare"],
-    ["report", "recipe", "record", "arms", "sweep", "jobs", "questions", "study", "plan"],
-    ["verbs", "dictionaries"],
+    ["report", "asked", "recipe", "record", "arms", "sweep", "jobs", "questions", "study", "plan"],
+    ["verbs", "comparison", "given", "dictionaries"],
     ["cli", "__main__"],
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}

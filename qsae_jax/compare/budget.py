@@ -30,13 +30,13 @@ DEVICES = {
     "TPU v6e": 918e12,
     "H100 SXM": 989e12,
     "H200": 989e12,
-    "2 cores, AVX2": 66e9,
-    "2 cores, AVX-512": 340e9,
+    "2 cores (AVX2)": 66e9,
+    "2 cores (AVX-512)": 340e9,
 }
 """FLOP/s of one chip: dense bfloat16 peaks from the data sheets (Google Cloud's pages on TPU v5e, v5p and v6e; NVIDIA's
 on H100 SXM and H200, whose 1,979 teraFLOP/s are with sparsity), for which the products have to be in bfloat16. Those of
 the CPUs are what a float32 product reached on the cores that this project was measured on (experiments/README.md)."""
-MEASURED = ("2 cores, AVX2", "2 cores, AVX-512")
+MEASURED = ("2 cores (AVX2)", "2 cores (AVX-512)")
 """Devices whose number is a rate that was reached, and not a peak."""
 UTILISATION = 0.4
 """The share of a peak that is reached: an assumption, not measured here."""

@@ -61,10 +61,18 @@ def price_said(compare: dict[str, Any]) -> list[str]:
 
 def _cost(seconds: dict[str, float]) -> str:
     """What they take, on devices whose rate is known and on those of which only the peak is."""
-    peak = ", ".join(f"{name} {number(s, 3)} s" for name, s in seconds.items() if name not in MEASURED)
-    reached = ", ".join(f"{name} {number(s, 3)} s" for name, s in seconds.items() if name in MEASURED)
+    peak = ", ".join(f"{name} {_long(s)}" for name, s in seconds.items() if name not in MEASURED)
+    reached = ", ".join(f"{name} {_long(s)}" for name, s in seconds.items() if name in MEASURED)
     said = f"On one chip of each, at {UTILISATION:.0%} of its peak: {peak}"
     return f"{said}; at the rate that was measured: {reached}." if reached else f"{said}."
+
+
+def _long(seconds: float) -> str:
+    """A time in the unit that leaves two or three digits."""
+    for unit, length, below in (("s", 1, 100), ("min", 60, 6000), ("h", 3600, 360_000)):
+        if seconds < below:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds / 86400:,.0f} days"
 
 
 def arms_table(compare: dict[str, Any]) -> Table:

@@ -180,6 +180,6 @@ def test_price():
     got = price(1e9, 1e9)
     assert UTILISATION == 0.4 and got.keys() == DEVICES.keys()
     wanted = {"TPU v5e": 12690.355, "TPU v5p": 5446.6231, "TPU v6e": 2723.3115, "H100 SXM": 2527.8059}
-    wanted |= {"H200": 2527.8059, "2 cores, AVX2": 15151515.15, "2 cores, AVX-512": 2941176.47}
+    wanted |= {"H200": 2527.8059, "2 cores (AVX2)": 15151515.15, "2 cores (AVX-512)": 2941176.47}
     assert got == pytest.approx(wanted, rel=1e-7)
     assert price(2e9, 1e9) == pytest.approx({name: 2 * seconds for name, seconds in got.items()})

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from qsae_jax import audit, compare, fake_quantize, patch
-from qsae_jax.compare.verdict import verdict
+from qsae_jax.compare.verdict import difference, verdict
 from qsae_jax.mesh import make_mesh, place
 from qsae_jax.stats import Grouped
 
@@ -124,7 +124,9 @@ def test_the_verdict(transferred, retrained, adapted, directions, choice):
     """The floor is |0.35 - 0.30|: what a new seed changes at full precision."""
     got = told(transferred, retrained, adapted, directions)
     assert got["choice"] == choice and got["floor"] == pytest.approx(0.05, abs=0.005), got["reason"]
-    assert got["interval"][0] <= transferred[0] - retrained[0] + 1e-2 and "int2" in got["reason"]
+    low, high = got["interval"]
+    gap = transferred[0] - retrained[0]
+    assert low <= gap + 1e-9 <= high + 2e-9 and high - low < 0.02 + 0.1 * gap and "int2" in got["reason"]
     assert got["how"] == ("gain" if choice == "adapt" else "")
 
 
@@ -134,6 +136,49 @@ def test_without_a_second_seed_the_margin_is_the_tolerance():
     assert got["floor"] == 0 and got["choice"] == "retrain" and "No second seed" in got["reason"]
     assert got["margin"] == pytest.approx({"fvu": 0.015, "loss": 0.025}, abs=0.002)
     assert told((0.31, 1.0), (0.30, 1.0), reseeded=None)["choice"] == "keep"
+
+
+def spread(sums, by, seed=1):
+    """The same dictionary, whose error differs from group to group in a way of its own."""
+    away = by * np.random.default_rng(seed).normal(size=sums.groups)
+    return Grouped(sums.groups, dict(sums.sums) | {"error": sums.sums["error"] + away - away.mean()})
+
+
+@pytest.mark.parametrize(
+    "noisy, choice, how",
+    [((), "adapt", "biases"), (("biases",), "adapt", "gain"), (("biases", "gain"), "unsure", "biases")],
+)
+def test_an_adaptation_that_the_tokens_do_not_place(noisy, choice, how):
+    """Two adaptations of the same mean gap: the cheapest that is placed within is named, and where none is placed
+    the answer is that these tokens do not tell. Control: without the spread the cheaper one is within."""
+    home = {"sae": judged(0.30, 1.0), "reseeded": judged(0.35, 1.1)}
+    there = {"sae": judged(0.45, 1.0), "retrained": judged(0.30, 1.0)}
+    there |= {name: spread(judged(0.31, 1.0), 0.3 * (name in noisy)) for name in ("biases", "gain")}
+    got = verdict(home, there, "int2", {"biases": 1.0, "gain": 1.0})
+    assert (got["choice"], got["how"]) == (choice, how), got["reason"]
+    assert [got["gaps"][name]["place"] for name in noisy] == ["unsure"] * len(noisy)
+
+
+def test_a_gap_that_the_tokens_do_not_place_is_unsure_whatever_helps():
+    home = {"sae": judged(0.30, 1.0), "reseeded": judged(0.35, 1.1)}
+    there = {"sae": spread(judged(0.36, 1.0), 0.3), "retrained": judged(0.30, 1.0), "gain": judged(0.30, 1.0)}
+    got = verdict(home, there, "int2", {"gain": 1.0})
+    assert got["choice"] == "unsure" and got["how"] == "" and got["gaps"]["gain"]["place"] == "within"
+
+
+def test_two_seeds_give_one_gap():
+    """The mean of both gaps, and an interval from the lowest to the highest end; one of the seeds alone has neither."""
+    home = {"sae": judged(0.30, 1.0), "reseeded": judged(0.35, 1.1)}
+    there = {"sae": judged(0.40, 1.0), "retrained": judged(0.30, 1.0)}
+    there |= {"reseeded": judged(0.54, 1.3, seed=3), "again": judged(0.34, 1.1, seed=3)}
+    both = verdict(home, there, "int2", {})
+    one, other = difference(there["sae"], there["retrained"]), difference(there["reseeded"], there["again"])
+    assert both["seeds"] == 2 and verdict(home, dict(list(there.items())[:2]), "int2", {})["seeds"] == 1
+    for name in ("fvu", "loss"):
+        got = list(both["gaps"]["transferred"][name].values())
+        assert got[0] == pytest.approx((one[name].value + other[name].value) / 2)
+        assert got[1:] == pytest.approx([one[name].low, other[name].high])
+    assert one["fvu"].high < other["fvu"].low
 
 
 def test_one_window_gives_no_interval_and_so_no_answer():
