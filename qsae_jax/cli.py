@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from qsae_jax.errors import Interrupted, UserError, nearest
 
-VERBS = ("demo", "run", "audit", "train", "compare", "quantize", "report", "schemes", "points", "sae")
+VERBS = ("demo", "run", "audit", "train", "compare", "quantize", "report", "schemes", "points", "sae", "plan")
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +31,7 @@ def parser() -> Parser:
     run.add_argument("study", metavar="STUDY.toml")
     _out(run)
     _set(run)
+    _planned(verbs.add_parser("plan", help="memory and time of a study on a mesh, before renting it"))
     audit = verbs.add_parser("audit", help="what becomes of a frozen dictionary's features under each scheme")
     _source(audit)
     audit.add_argument("--sae", required=True, help="folder, file, hf:ORG/NAME/PATH, RELEASE/ID of SAELens")
@@ -38,13 +39,7 @@ def parser() -> Parser:
     _out(audit, required=True)
     train = verbs.add_parser("train", help="dictionaries on full-precision and on quantized activations")
     _source(train)
-    train.add_argument("--schemes", default="fp", help="one dictionary each, for example fp,int4")
-    train.add_argument("--sae", default="", metavar="KIND[,KIND]",
-                       help="topk, batchtopk, matryoshka, jumprelu, gated, relu, p_anneal; default: topk")  # fmt: skip
-    train.add_argument("--target", metavar="POINT", help="a transcoder: reconstruct this point from --point")
-    train.add_argument("--crosscoder", action="store_true", help="one dictionary over all schemes side by side")
-    train.add_argument("--from", dest="start", metavar="SAE", help="go on from a dictionary that is there")
-    _set(train)
+    _trained(train)
     _out(train, required=True)
     compare = verbs.add_parser("compare", help="transferred against retrained, and a verdict")
     _source(compare)
@@ -66,6 +61,24 @@ def parser() -> Parser:
         verb.set_defaults(verb=name)
         verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return top
+
+
+def _planned(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("study", metavar="STUDY.toml")
+    plan.add_argument("--mesh", default="1x1", help="devices over data x over model, for example 4x8")
+    plan.add_argument("--device", required=True, help="v5e, v5p, v6e, h100, h200, or cpu: two cores")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    _set(plan)
+
+
+def _trained(train: argparse.ArgumentParser) -> None:
+    train.add_argument("--schemes", default="fp", help="one dictionary each, for example fp,int4")
+    train.add_argument("--sae", default="", metavar="KIND[,KIND]",
+                       help="topk, batchtopk, matryoshka, jumprelu, gated, relu, p_anneal; default: topk")  # fmt: skip
+    train.add_argument("--target", metavar="POINT", help="a transcoder: reconstruct this point from --point")
+    train.add_argument("--crosscoder", action="store_true", help="one dictionary over all schemes side by side")
+    train.add_argument("--from", dest="start", metavar="SAE", help="go on from a dictionary that is there")
+    _set(train)
 
 
 def _sae(verb: argparse.ArgumentParser) -> None:

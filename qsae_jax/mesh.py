@@ -33,6 +33,19 @@ def make_mesh(data: int = 0, model: int = 1) -> Mesh:
     return jax.make_mesh((data, model), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
+MOST_SIMULATED = 256
+"""Devices that are simulated at most: programs for more are compiled for a mesh with a shorter `data`."""
+
+
+def simulate(devices: int) -> None:
+    """Have so many CPU devices, as far as JAX has none yet: for plans, which run nothing on them."""
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", min(devices, MOST_SIMULATED))
+    except RuntimeError:  # there are some already, as in tests
+        return
+
+
 def free_bytes() -> int:
     """Memory that is free for arrays: of the first device, or where it does not say (a CPU) of the machine."""
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -60,13 +73,18 @@ def return_freed() -> None:
 
 def parse_mesh(text: str) -> Mesh:
     """`4x2` is 4 over data and 2 over model; `auto` puts all devices on data."""
-    if text == "auto":
-        return make_mesh()
+    return make_mesh() if text == "auto" else make_mesh(*mesh_shape(text))
+
+
+def mesh_shape(text: str) -> tuple[int, int]:
+    """`4x2` as numbers."""
     try:
         data, model = (int(part) for part in text.split("x"))
     except ValueError:
         raise UserError(f"mesh `{text}` is not of the form DATAxMODEL, for example 8x1 or 2x4") from None
-    return make_mesh(data, model)
+    if data < 1 or model < 1:
+        raise UserError(f"mesh `{text}`: give at least one device over data and one over model")
+    return data, model
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -1,5 +1,6 @@
 """What each verb of `qsae` does with the words of the command line. Imported only when a verb runs."""
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from qsae_jax.lm.load import load_config, load_lm, stored_as
 from qsae_jax.lm.save import save_lm
 from qsae_jax.lm.tap import check_point
 from qsae_jax.lm.tokenizer import load_tokenizer
-from qsae_jax.mesh import parse_mesh
+from qsae_jax.mesh import mesh_shape, parse_mesh, simulate
+from qsae_jax.plan import named_device, written
+from qsae_jax.plan import plan as make_plan
 from qsae_jax.quant import codebook, control, ggml, grid, group, mx, names, rounding, scale, where
 from qsae_jax.quant import scheme as scheme_names
 from qsae_jax.quant.fake import departures, fake_quantize, weight_errors
@@ -44,6 +47,15 @@ def run(given: Namespace, command: str) -> None:
         tell(run_study(studies[""], out, command))
     else:
         print(f"sweep: {run_studies(studies, out, command)}")
+
+
+def plan(given: Namespace, command: str) -> None:
+    data, model = mesh_shape(given.mesh)
+    device = named_device(given.device)
+    simulate(data * model)
+    for name, study in read_studies(Path(given.study), given.set).items():
+        found = make_plan(study, data, model, device)
+        print(json.dumps(found.as_dict() | {"study": name}, indent=2) if given.json else written(found, name))
 
 
 def audit(given: Namespace, command: str) -> None:

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from qsae_jax import arms
 from qsae_jax.cli import main
-from qsae_jax.compare.budget import DEVICES
+from qsae_jax.devices import DEVICES
 from qsae_jax.errors import Interrupted
 from qsae_jax.files import read_json
 from qsae_jax.sae.formats import save_sae

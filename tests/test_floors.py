@@ -13,13 +13,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qsae_jax"
 
 FLOORS = [
-    ["config", "errors", "files", "hub", "mesh", "products", "store", "stats", "progress"],
+    ["config", "devices", "errors", "files", "hub", "mesh", "products", "store", "stats", "progress"],
     ["lm"],
     ["quant"],
     ["acts"],
     ["sae"],
     ["audit", "compare"],
-    ["report", "asked", "recipe", "record", "arms", "sweep", "jobs", "questions", "study", "plan"],
+    ["report", "asked", "recipe", "record", "arms", "sweep", "jobs", "questions", "study"],
+    ["plan"],
     ["verbs", "comparison", "given", "dictionaries"],
     ["cli", "__main__"],
 ]

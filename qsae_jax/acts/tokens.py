@@ -152,12 +152,16 @@ def in_order(windows: Windows, batch: int) -> Iterator[tuple[Int32[np.ndarray, "
         yield ids, (np.arange(batch) < real).astype(np.float32)
 
 
+def tokens_at_once(backend: str) -> int:
+    """Of a forward pass on one device."""
+    return 2048 if backend == "cpu" else 16_384
+
+
 def windows_per_forward(asked: int, windows: Windows, mesh: Mesh) -> int:
     """How many windows a forward pass takes: as many as asked, or with 0 enough tokens to keep a device
     busy (on 2 cores 512 to 2,048 run SmolLM2 at the same speed). A multiple of the devices of `data`."""
     devices = mesh.shape["data"]
-    tokens = 2048 if jax.default_backend() == "cpu" else 16_384
-    wanted = min(asked or devices * max(tokens // windows.seq, 1), len(windows))
+    wanted = min(asked or devices * max(tokens_at_once(jax.default_backend()) // windows.seq, 1), len(windows))
     return -(-wanted // devices) * devices
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy.optimize import least_squares
 
+from qsae_jax.devices import DEVICES
 from qsae_jax.stats import Interval
 
 FLAT, STEEPEST = 1e-4, 2.0
@@ -23,23 +24,6 @@ POINTS = 4
 """Budgets from which a floor can be told from a slower fall: three numbers need a fourth point to be wrong at."""
 SHARES, POWERS = 1 - np.geomspace(1, 1e-3, 24), np.geomspace(0.02, STEEPEST, 24)
 """Where a fit may start: the floor's share of the loss at the smallest budget, and the power."""
-
-DEVICES = {
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6e": 918e12,
-    "H100 SXM": 989e12,
-    "H200": 989e12,
-    "2 cores (AVX2)": 66e9,
-    "2 cores (AVX-512)": 340e9,
-}
-"""FLOP/s of one chip: dense bfloat16 peaks from the data sheets (Google Cloud's pages on TPU v5e, v5p and v6e; NVIDIA's
-on H100 SXM and H200, whose 1,979 teraFLOP/s are with sparsity), for which the products have to be in bfloat16. Those of
-the CPUs are what a float32 product reached on the cores that this project was measured on (experiments/README.md)."""
-MEASURED = ("2 cores (AVX2)", "2 cores (AVX-512)")
-"""Devices whose number is a rate that was reached, and not a peak."""
-UTILISATION = 0.4
-"""The share of a peak that is reached: an assumption, not measured here."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +157,6 @@ def flops_per_token(parameters_before_point: int, d: int, latents: int, sparse: 
 
 
 def price(tokens: float, flops: float) -> dict[str, float]:
-    """Seconds that tokens of so many operations each take on one chip of each device, at UTILISATION of its peak, or
-    at the rate that was measured."""
-    share = {name: 1.0 if name in MEASURED else UTILISATION for name in DEVICES}
-    return {name: tokens * flops / (rate * share[name]) for name, rate in DEVICES.items()}
+    """Seconds that tokens of so many operations each take on one chip of each device: at ASSUMED of the peak of its
+    bfloat16 products, or at the rate that was measured."""
+    return {name: tokens * flops / (one.bf16 * one.reached) for name, one in DEVICES.items()}

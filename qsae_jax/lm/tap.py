@@ -124,7 +124,7 @@ def weights_before(lm: LM, point: Point) -> int:
     if point.layer is not None:
         parts += _parts_before(lm.blocks[point.layer], point.site, lm.config.parallel)
     leaves = jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return sum(leaf[...].size for leaf in leaves if isinstance(leaf, Linear))
+    return sum(leaf.get_value().size for leaf in leaves if isinstance(leaf, Linear))
 
 
 def _parts_before(block: Block, site: str, parallel: bool) -> list[Any]:

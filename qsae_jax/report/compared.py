@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from qsae_jax.compare.budget import MEASURED, UTILISATION
+from qsae_jax.devices import ASSUMED, MEASURED
 from qsae_jax.report.tables import Table, interval, number, whole
 
 
@@ -63,7 +63,7 @@ def _cost(seconds: dict[str, float]) -> str:
     """What they take, on devices whose rate is known and on those of which only the peak is."""
     peak = ", ".join(f"{name} {_long(s)}" for name, s in seconds.items() if name not in MEASURED)
     reached = ", ".join(f"{name} {_long(s)}" for name, s in seconds.items() if name in MEASURED)
-    said = f"On one chip of each, at {UTILISATION:.0%} of its peak: {peak}"
+    said = f"On one chip of each, at {ASSUMED:.0%} of its peak: {peak}"
     return f"{said}; at the rate that was measured: {reached}." if reached else f"{said}."
 
 

@@ -53,7 +53,9 @@ def sections(results: Results) -> list[tuple[str, list[Part]]]:
     made += [("Keep, adapt or retrain", verdicts.parts(results))]
     if results.curves:
         shown = figures.spread(list(results.curves))
-        caption = "Training on one stream of tokens in one order; a smaller budget is its beginning." + _some(results.curves, shown)
+        caption = "Training on one stream of tokens in one order; a smaller budget is its beginning." + _some(
+            results.curves, shown
+        )
         made.append(("Training", [Part("training", caption, figures.training({n: results.curves[n] for n in shown}))]))
     return [(title, parts) for title, parts in made if parts]
 

@@ -9,8 +9,6 @@ import pytest
 from scipy.optimize import curve_fit
 
 from qsae_jax.compare.budget import (
-    DEVICES,
-    UTILISATION,
     Law,
     crossing,
     flops_per_token,
@@ -18,6 +16,7 @@ from qsae_jax.compare.budget import (
     power_law,
     price,
 )
+from qsae_jax.devices import ASSUMED, DEVICES
 from qsae_jax.sae.model import init_sae
 from qsae_jax.sae.objective import Now, make_objective
 from qsae_jax.sae.settings import SAEConfig
@@ -178,7 +177,7 @@ def test_flops():
 def test_price():
     """1e9 tokens of 1e9 operations: 1e18 over 0.4 of each peak; over all that two cores were measured to give."""
     got = price(1e9, 1e9)
-    assert UTILISATION == 0.4 and got.keys() == DEVICES.keys()
+    assert ASSUMED == 0.4 and got.keys() == DEVICES.keys()
     wanted = {"TPU v5e": 12690.355, "TPU v5p": 5446.6231, "TPU v6e": 2723.3115, "H100 SXM": 2527.8059}
     wanted |= {"H200": 2527.8059, "2 cores (AVX2)": 15151515.15, "2 cores (AVX-512)": 2941176.47}
     assert got == pytest.approx(wanted, rel=1e-7)
