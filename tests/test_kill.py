@@ -1,7 +1,7 @@
 """A study killed at random moments, with no warning, ends as one that was left alone: bit for bit.
 
-QSAE_KILLS says how often it is killed (4 by default; with 20 it takes four minutes). Every process shares what XLA has compiled, or most of them
-would be killed while compiling.
+QSAE_KILLS says how often it is killed: 4 by default, and with 20 it takes four minutes. Every process shares what XLA
+has compiled, or most of them would be killed while compiling.
 """
 
 import json
