@@ -5,7 +5,11 @@ import contextlib
 import json
 import os
 import shutil
+import struct
 import tempfile
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,11 @@ from typing import Any
 import numpy as np
 
 from qsae_jax.errors import UserError
+
+SPOILT = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, RuntimeError,
+          SyntaxError, MemoryError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error)  # fmt: skip
+"""What a spoilt file makes NumPy, zipfile and pickletools raise: heads of arrays are parsed as Python, an unknown
+compression is a NotImplementedError, a password is asked for with a RuntimeError, a size may be beyond 64 bits."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

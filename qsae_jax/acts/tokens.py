@@ -8,7 +8,6 @@ import ast
 import hashlib
 import platform
 import sysconfig
-import tokenize
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from jaxtyping import Array, Int32
 
 from qsae_jax.acts import datasets
 from qsae_jax.errors import UserError
+from qsae_jax.files import SPOILT
 from qsae_jax.lm.tokenizer import TextTokenizer
 
 BOS = ("auto", "always", "never")
@@ -109,7 +109,7 @@ def _within(ids: Int32[np.ndarray, "n seq"], vocab: int, source: str) -> Int32[n
 def _from_npy(path: Path) -> Int32[np.ndarray, "n seq"]:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
+    except SPOILT as error:
         raise UserError(f"token file `{path}` is not a readable .npy file ({error}): save int32 [n, seq]") from error
     if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.dtype != np.int32 or ids.shape[1] < 2 or not len(ids):
         shape = getattr(ids, "shape", None)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from qsae_jax.errors import UserError
-from qsae_jax.files import read_json
+from qsae_jax.files import SPOILT, read_json
 from qsae_jax.sae.formats import stored
 from qsae_jax.sae.formats.stored import STANDARD, Arrays, Stored
 from qsae_jax.sae.model import SAE, recentred
@@ -69,7 +69,7 @@ def read_npz(path: Path) -> tuple[Arrays, str]:
                 raise ValueError(f"it would unpack to {unpacked} bytes")
         with np.load(path, allow_pickle=False) as file:
             return stored.floats(path, {name: file[name] for name in file.files})
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except SPOILT as error:
         raise UserError(f"`{path}` is not a readable .npz file of numbers ({error}): make it again") from error
 
 

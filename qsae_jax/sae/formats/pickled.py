@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from qsae_jax.errors import UserError
+from qsae_jax.files import SPOILT
 
 STORAGES = {
     "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,
@@ -64,7 +65,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         ) from None
     except Unreadable as error:
         raise UserError(f"`{path}` {error}: save it again as a state dict of tensors") from None
-    except (OSError, ValueError, IndexError, TypeError, KeyError, AttributeError, OverflowError) as error:
+    except SPOILT as error:
         raise UserError(f"`{path}` is not a readable file of torch ({error}): make it again") from error
     if not isinstance(value, dict):
         raise UserError(f"`{path}` holds {type(value).__name__}, not a dictionary of tensors: save the state dict")
