@@ -119,6 +119,8 @@ def check_adapt(study: Study, lm: LM, windows: Windows, point: Point) -> None:
         some = -(-study.arms.adapt // windows.seq)
         if some > len(windows):
             raise UserError(f"key `arms.adapt` takes {some} windows, and {len(windows)} are left to train on: lower it")
+        if study.arms.rank > width_at(lm, point):
+            raise UserError(f"key `arms.rank` is {study.arms.rank}: give at most the width, {width_at(lm, point)}")
         adapt.check_enough(some * (windows.seq - study.tokens.skip_first), width_at(lm, point))
 
 

@@ -1,7 +1,7 @@
 """`qsae compare`: dictionaries that are there, judged on windows of which the first may adapt one of them."""
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -11,8 +11,8 @@ from qsae_jax.arms import prices, rows_at
 from qsae_jax.compare import adapt, probe
 from qsae_jax.compare.transfer import compare as run_compare
 from qsae_jax.errors import UserError
-from qsae_jax.files import make_folder
-from qsae_jax.given import notes_of, point_of, record, schemes_of, tell, windows_of
+from qsae_jax.files import make_folder, to_fill
+from qsae_jax.given import check_free, notes_of, point_of, record, schemes_of, tell, windows_of
 from qsae_jax.lm.load import load_lm
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import Point, check_point, width_at
@@ -36,18 +36,19 @@ def compare(given: Namespace, command: str) -> None:
     scheme, *more = schemes_of(given)
     if more:
         raise UserError(f"compare takes one scheme, `{given.schemes}` names {len(more) + 1}: run it once for each")
-    if Path(given.sae).resolve() == Path(given.retrained).resolve():
-        raise UserError(f"--sae and --retrained are both `{given.sae}`: give two dictionaries")
     if given.again and not given.reseeded:
         raise UserError("--again is --retrained from another seed: give the first dictionary's too, --reseeded")
-    mesh, out = parse_mesh(given.mesh), make_folder(Path(given.out))
+    mesh, out = parse_mesh(given.mesh), to_fill(given.out)
     folders = {name: getattr(given, name) for name in GIVEN}
+    _check_distinct(folders, given.budgets)
     stored = {name: load_stored(folder, mesh) for name, folder in folders.items() if folder}
     fewer = {folder: load_stored(folder, mesh) for folder in given.budgets}
     budgets = _budgets(fewer, given.retrained, stored["retrained"])
+    _check_roles(stored, str(scheme))
     saes = {name: one.sae for name, one in stored.items()}
     lm = load_lm(given.model, mesh=mesh, processing=given.processing)
     point = check_point(lm, point_of(given, stored["sae"]))
+    check_free(out, "compare", given.model, str(point))
     for sae in [*saes.values(), *budgets.values()]:
         check_width(sae, width_at(lm, point), str(point))
     windows = windows_of(given, lm)
@@ -64,10 +65,38 @@ def compare(given: Namespace, command: str) -> None:
                          nonsense=nonsense, budgets=budgets,
                          prices=prices(lm, point, saes["sae"], _selects(stored["retrained"])),
                          batch=given.batch, mesh=mesh, facts=facts)  # fmt: skip
-    judged.write(out / "compare.json")
+    judged.write(make_folder(out) / "compare.json")
     record(given, command, out)
     print(judged.facts["verdict"]["choice"], "-", judged.facts["verdict"]["reason"])
     tell(write_report(out))
+
+
+def _check_distinct(folders: Mapping[str, str | None], budgets: Sequence[str]) -> None:
+    """Refuse one dictionary in two places."""
+    seen = dict[Path, str]()
+    for name, folder in [*folders.items(), *(("budgets", folder) for folder in budgets)]:
+        if folder and (before := seen.setdefault(Path(folder).resolve(), name)) != name:
+            raise UserError(f"--{before} and --{name} are both `{folder}`: give two dictionaries")
+
+
+def _check_roles(stored: Mapping[str, Stored], scheme: str) -> None:
+    """Refuse dictionaries whose own files say that they are not what they are given as."""
+    first = stored["sae"]
+    for name, one in stored.items():
+        facts, there = one.metadata, scheme if name in THERE else "fp"
+        if (learnt := facts.get("quantization")) and learnt != there:
+            raise UserError(f"--{name} was trained on activations of {learnt}, not of {there}: exchange dictionaries")
+        hooks = [str(facts.get("hook_name") or "").replace("hook_", "") for facts in (facts, first.metadata)]
+        if all(hooks) and hooks[0] != hooks[1]:
+            raise UserError(f"--{name} was trained at {hooks[0]}, --sae at {hooks[1]}: give dictionaries of one point")
+        if one.sae.latents != first.sae.latents:
+            said = f"--{name} has {one.sae.latents} latents, --sae {first.sae.latents}"
+            raise UserError(f"{said}: give dictionaries of one size, or it is the size that is judged")
+        if name == "finetuned" and learnt and not facts.get("trained_from"):
+            raise UserError("--finetuned does not go on from another dictionary: give what train --from made")
+    seeds = [stored[name].metadata.get("seed") for name in ("sae", "reseeded") if name in stored]
+    if len(seeds) == 2 and seeds[0] is not None and seeds[0] == seeds[1]:
+        raise UserError(f"--reseeded has the seed of --sae, {seeds[0]}: train it with --set train.seed=1")
 
 
 def _selects(stored: Stored) -> bool:
@@ -85,7 +114,8 @@ def _adapted(
         return {}, {}, windows
     some, told = -(-given.adapt // windows.seq), {"skip_first": given.skip_first, "batch": given.batch}
     if len(windows) <= some:
-        raise UserError(f"--adapt {given.adapt} takes all {len(windows)} windows: none is left to judge on")
+        taken = f"--adapt {given.adapt} takes all {len(windows)} windows, none is left to judge on"
+        raise UserError(f"{taken}: lower it, or raise --limit")
     adapt.check_enough(some * (windows.seq - given.skip_first), sae.d)
     home, there = (rows_at(one, windows.part(0, some), point, mesh, **told) for one in (lm, fake_quantize(lm, scheme)))
     random = {"random": adapt.nonsense(sae, home)}
@@ -99,7 +129,7 @@ def _budgets(fewer: Mapping[str, Stored], retrained: str, whole: Stored) -> dict
     found: dict[int, SAE] = {}
     for folder, one in (dict(fewer) | {retrained: whole}).items():
         tokens = one.metadata.get("training_tokens")
-        if not tokens:
+        if not isinstance(tokens, int) or tokens < 1:
             raise UserError(
                 f"`{folder}` does not say from how many tokens it learnt: --budgets takes what qsae trained"
             )

@@ -2,6 +2,7 @@
 place and moved there."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -90,7 +91,7 @@ def staged_file(path: Path) -> Iterator[Path]:
         os.chmod(draft, 0o644)
         os.replace(draft, path)
     except OSError as error:
-        raise UserError(f"cannot write `{path}` ({error.strerror or error}): is the disk full?") from error
+        raise UserError(f"cannot write `{path}` ({error.strerror or error}): {_remedy(error)}") from error
     finally:
         draft.unlink(missing_ok=True)
 
@@ -113,9 +114,25 @@ def staged(folder: Path) -> Iterator[Path]:
         os.replace(draft, folder)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"cannot write `{folder}` ({error.strerror or error}): is the disk full?") from error
+        raise UserError(f"cannot write `{folder}` ({error.strerror or error}): {_remedy(error)}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _remedy(error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "make room on the disk" if full else "choose another --out"
+
+
+def to_fill(name: str) -> Path:
+    """The path of a folder that results will be written to: it could be made, or is there and writable."""
+    folder = Path(name)
+    if not name.strip():
+        raise UserError("--out is empty: name a folder")
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"cannot make the folder `{folder}`, for `{there}` is no writable folder: choose another --out")
+    return folder
 
 
 def make_folder(folder: Path) -> Path:

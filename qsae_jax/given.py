@@ -25,6 +25,18 @@ def record(given: Namespace, command: str, out: Path) -> None:
         write_json(file, described(command, vars(given)))
 
 
+def check_free(out: Path, kind: str, model: str, point: str) -> None:
+    """Refuse a folder in which an audit or a comparison (`kind`) would replace a study's, or be shown beside what is
+    of another model or point."""
+    if (out / "run.json").is_file() and read_json(out / "run.json").get("stages"):
+        raise UserError(f"`{out}` is the folder of a study, whose results these would replace: choose another --out")
+    for other in {"audit", "compare"} - {kind}:
+        if (file := out / f"{other}.json").is_file():
+            facts = read_json(file)
+            if (facts.get("model"), facts.get("point")) != (model, point):
+                raise UserError(f"`{file}` is of {facts.get('model')} at {facts.get('point')}: choose another --out")
+
+
 def schemes_of(given: Namespace) -> tuple[Scheme, ...]:
     return tuple(scheme.within(given.layers) for scheme in parse_schemes(given.schemes))
 

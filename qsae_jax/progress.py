@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qsae_jax.errors import Interrupted
+
 Advance = Callable[..., None]
 QUIET_EVERY_S = 20.0
 
@@ -59,7 +61,8 @@ def _lines(stage: str, total: int) -> Advance:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C and SIGTERM do not break off a step: `stopped()` tells that one came. A second one breaks."""
+    """Inside, Ctrl-C and SIGTERM do not break off a step: `stopped()` tells that one came. A second one breaks. One
+    that came too late to be asked for stops the work at the end."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
@@ -77,3 +80,5 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if came:
+        raise Interrupted("stopped; the same command goes on")

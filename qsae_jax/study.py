@@ -23,7 +23,7 @@ from qsae_jax.audit.run import audits
 from qsae_jax.config import as_tables, expanded
 from qsae_jax.errors import UserError
 from qsae_jax.files import make_folder, read_json, staged_file, write_json
-from qsae_jax.lm.load import load_lm
+from qsae_jax.lm.load import abstract_lm, load_config, load_lm
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import check_point
 from qsae_jax.lm.tokenizer import load_tokenizer
@@ -235,6 +235,13 @@ class Stages:
         shutil.rmtree(self.out / "compare", ignore_errors=True)  # schemes of an earlier study
         windows, point = self._held_out(s.tokens.compare), check_point(self.lm, s.point)
         arms.compare(s, self.lm, windows, point, self.mesh, self.facts, self.out)
+
+
+def check_points(study: Study) -> None:
+    """Refuse points that the model does not have, from its config alone."""
+    lm = abstract_lm(load_config(study.model))
+    for point in (study.point, *study.at):
+        check_point(lm, point)
 
 
 def _files(dictionaries: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from qsae_jax.config import build, read_toml, with_settings
 from qsae_jax.errors import UserError
 from qsae_jax.files import make_folder, read_json, write_json
 from qsae_jax.recipe import Study
-from qsae_jax.study import run_study
+from qsae_jax.study import check_points, run_study
 
 
 def read_studies(path: Path, settings: Sequence[str] = ()) -> dict[str, Study]:
@@ -28,7 +28,9 @@ def read_studies(path: Path, settings: Sequence[str] = ()) -> dict[str, Study]:
     if both := [key for key in (setting.partition("=")[0].strip() for setting in settings) if key in swept]:
         raise UserError(f"--set {both[0]}: the sweep of `{path}` gives it several values: edit them there")
     if wrong := [key for key, values in swept.items() if not isinstance(values, list) or not values]:
-        raise UserError(f"key `sweep.{wrong[0]}` of `{path}` is no list of values: write for example [1, 2, 4]")
+        raise UserError(f"key `sweep.{wrong[0]}` of `{path}` is no list, or empty: write for example [1, 2, 4]")
+    if twice := [key for key, values in swept.items() if len({_written(value) for value in values}) < len(values)]:
+        raise UserError(f"key `sweep.{twice[0]}` of `{path}` has a value twice: give each once")
     found = {}
     for chosen in itertools.product(*swept.values()):
         named = [f"{key}={_written(value)}" for key, value in zip(swept, chosen, strict=True)]
@@ -43,6 +45,8 @@ def _written(value: Any) -> str:
 def run_studies(studies: Mapping[str, Study], out: str | Path, command: str = "") -> Path:
     """Run each in a folder of its own, and give the path of `sweep.json`."""
     out = make_folder(Path(out))
+    for study in studies.values():  # before the first is begun
+        check_points(study)
     for name, study in studies.items():
         print(f"{name}:")
         run_study(study, out / name, command)

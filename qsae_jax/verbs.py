@@ -10,8 +10,8 @@ from qsae_jax.audit.run import audit as run_audit
 from qsae_jax.comparison import compare as run_compare
 from qsae_jax.dictionaries import tell_apart
 from qsae_jax.errors import UserError
-from qsae_jax.files import make_folder, new_folder
-from qsae_jax.given import notes_of, point_of, record, schemes_of, tell, windows_of
+from qsae_jax.files import make_folder, new_folder, to_fill
+from qsae_jax.given import check_free, notes_of, point_of, record, schemes_of, tell, windows_of
 from qsae_jax.jobs import plan_jobs
 from qsae_jax.lm.draw import drawing
 from qsae_jax.lm.load import load_config, load_lm, stored_as
@@ -59,23 +59,24 @@ def plan(given: Namespace, command: str) -> None:
 
 
 def audit(given: Namespace, command: str) -> None:
-    names, out = schemes_of(given), make_folder(Path(given.out))
+    names, out = schemes_of(given), to_fill(given.out)
     mesh = parse_mesh(given.mesh)
     stored = load_stored(given.sae, mesh)
     point = point_of(given, stored)
+    check_free(out, "audit", given.model, point)
     lm = load_lm(given.model, mesh=mesh, processing=given.processing)
     windows = windows_of(given, lm)
     notes = notes_of(given, lm, windows, point, {given.sae: (stored, "fp")})
     facts = {"model": given.model, "sae": given.sae, "notes": notes}
     judged = run_audit(lm, stored.sae, windows, names, point, skip_first=given.skip_first,
                        batch=given.batch, mesh=mesh, facts=facts)  # fmt: skip
-    judged.write(out)
+    judged.write(make_folder(out))
     record(given, command, out)
     tell(write_report(out))
 
 
 def train(given: Namespace, command: str) -> None:
-    schemes, out = schemes_of(given), make_folder(Path(given.out))
+    schemes, out = schemes_of(given), to_fill(given.out)
     mesh = parse_mesh(given.mesh)
     before = {given.start: load_stored(given.start, mesh)} if given.start else {}
     names = [str(scheme) for scheme in schemes]
@@ -95,7 +96,10 @@ def train(given: Namespace, command: str) -> None:
     stream = ActivationStream(twins, point, windows, mesh, batch=how.batch, seed=how.shuffle, target=target,
                               skip_first=given.skip_first, forward=given.batch)  # fmt: skip
     initial = {name: stored.sae for name in jobs for stored in before.values()}
-    saes = fit(stream, jobs, SAEConfig(), how.tokens, out / "train", initial, how.log)
+    learnt = before[given.start].metadata if given.start else {}
+    seen = learnt.get("training_tokens") if learnt.get("dataset_path") == given.tokens else None
+    after = seen if isinstance(seen, int) and seen > 0 else 0
+    saes = fit(stream, jobs, SAEConfig(), how.tokens, out / "train", initial, how.log, after)
     for name, sae in saes.items():
         facts = origin(given.model, given.processing, str(point), windows, given.skip_first, given.tokens)
         facts |= learned(jobs[name], how) | ({"hook_name_out": hook_of(str(target))} if target else {})

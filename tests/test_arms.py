@@ -179,10 +179,10 @@ def compare_command(done, out, **named):
     return argv + [word for name, folder in given.items() for word in (f"--{name}", str(saes / folder))]
 
 
-def narrow():
+def narrow(d=8, latents=12):
     random = np.random.default_rng(0)
-    rows = random.normal(size=(12, 8)).astype(np.float32)
-    return SAE(TopK(3), rows.T, np.zeros(12, np.float32), rows, np.zeros(8, np.float32))
+    rows = random.normal(size=(latents, d)).astype(np.float32)
+    return SAE(TopK(3), rows.T, np.zeros(latents, np.float32), rows, np.zeros(d, np.float32))
 
 
 def test_the_command_gives_the_numbers_of_the_study(done, tmp_path):
@@ -207,6 +207,9 @@ def test_the_command_takes_every_arm_too(done, tmp_path, capsys):
     """`qsae compare` on the study's dictionaries and its held-out windows, the first 64 tokens for adapting: what it
     shares with the study has the study's numbers. What cannot be is one line."""
     saes, argv = done / "out/saes", compare_command(done, tmp_path / "one")
+    save_sae(narrow(16, 32), done / "elsewhere", {"hook_name": "blocks.0.resid_post"})
+    save_sae(narrow(16, 48), done / "wide", {"hook_name": "blocks.1.resid_post"})
+    save_sae(narrow(16, 32), done / "wordy", {"hook_name": "blocks.1.resid_post", "training_tokens": "many"})
     save_sae(narrow(), done / "narrow", {"hook_name": "blocks.1.resid_post", "training_tokens": 48})
     assert main([*argv, "--budgets", str(saes / "int2-160"), str(saes / "int2-480")]) == 0
     mine, study = (read_json(file) for file in (tmp_path / "one/compare.json", done / "out/compare.json"))
@@ -222,12 +225,25 @@ def test_the_command_takes_every_arm_too(done, tmp_path, capsys):
         (["--retrained", str(saes / "int2-160"), "--budgets", str(saes / "int2-480")], "exchange them"),
         (["--budgets", str(saes / "int2-finetuned-160")], "goes on from `fp`: --budgets takes what was retrained"),
         (["--budgets", str(saes / "int2-160"), str(done / "narrow")], "is of width 8, but `blocks.1.resid_post`"),
+        (["--reseeded", str(saes / "fp")], "--sae and --reseeded are both"),
+        (["--reseeded", str(saes / "int2")], "--retrained and --reseeded are both"),
+        (["--again", str(saes / "fp-seed1")], "--reseeded and --again are both"),
+        (["--reseeded", str(saes / "fp-finetuned")], "--reseeded has the seed of --sae, 0"),
+        (["--again", str(saes / "int3-seed1")], "--again was trained on activations of int3, not of int2"),
+        (["--finetuned", str(saes / "int2-160")], "--finetuned does not go on from another dictionary"),
+        (
+            ["--retrained", str(saes / "random"), "--sae", str(saes / "int2")],
+            "--sae was trained on activations of int2",
+        ),
+        (["--retrained", str(done / "elsewhere")], "--retrained was trained at blocks.0.resid_post, --sae at blocks.1"),
+        (["--retrained", str(done / "wide")], "--retrained has 48 latents, --sae 32"),
+        (["--budgets", str(done / "wordy")], "does not say from how many tokens"),
+        (["--out", str(done / "out")], "is the folder of a study"),
         (["--adapt", "384"], "none is left to judge on"),
         (["--adapt", "16"], "15 tokens are too few to adapt a dictionary of width 16"),
         (["--skip-first", "16"], "skip"),
-        (["--sae", str(done / "narrow")], "is of width 8, but `blocks.1.resid_post`"),
     ):
-        assert main([*argv, *more, "--out", str(tmp_path / "two")]) == 2
+        assert main([*argv, "--out", str(tmp_path / "two"), *more]) == 2
         told = capsys.readouterr().err
         assert told.count("\n") == 1 and said in told, told
     assert not (tmp_path / "two/compare.json").exists()

@@ -81,7 +81,10 @@ def adapted(sae: SAE, home: Float[Array, "n d"], there: Float[Array, "n d"], ran
 def check_enough(tokens: int, d: int) -> None:
     """Refuse too few tokens for a map of d coordinates: covariances of as many have no inverse to speak of."""
     if tokens <= 2 * d:
-        raise UserError(f"{tokens} tokens are too few to adapt a dictionary of width {d}: give more than {2 * d}")
+        raise UserError(
+            f"{tokens} tokens are too few to adapt a dictionary of width {d} (first positions do not count): "
+            f"raise --adapt, or arms.adapt, above {2 * d}"
+        )
 
 
 def kept(before: SAE, after: SAE) -> float:

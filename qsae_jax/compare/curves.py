@@ -57,8 +57,8 @@ def fvu_drawn(groups: Sums) -> Float[np.ndarray, "draws"]:
     """FVU on all windows, then in each resample of their groups: the same resamples for every dictionary."""
     n = len(groups["error"])
     counts = np.concatenate([np.ones((1, n)), resamples(n, 1000 if n > 1 else 0)])
-    error, x, xx, total = (np.tensordot(counts, groups[key], axes=1) for key in ("error", "x", "xx", "n"))
-    return error / (xx - np.sum(x**2, axis=1) / total)
+    error, xx = (np.tensordot(counts, groups[key], axes=1) for key in ("error", "xx"))
+    return error / xx
 
 
 def _ends(drawn: Float[np.ndarray, "draws"], groups: int) -> dict[str, float]:

@@ -84,7 +84,9 @@ class Margin:
         return max(self.floor[name], self.tolerance[name])
 
     def place(self, gap: Mapping[str, Interval]) -> str:
-        """within, beyond or unsure."""
+        """within, beyond or unsure; unknown without an interval."""
+        if any(gap[name].low != gap[name].low for name in MEASURED):
+            return "unknown"
         if all(gap[name].high <= self[name] for name in MEASURED):
             return "within"
         return "beyond" if any(gap[name].low > self[name] for name in MEASURED) else "unsure"
@@ -119,6 +121,8 @@ def verdict(
 def _chosen(transferred: str, adapted: Mapping[str, str]) -> tuple[str, str, str]:
     if transferred == "within":
         return "keep", "", "Retraining gains nothing that matters."
+    if transferred == "unknown":
+        return "unsure", "", "One window has no interval: not enough data to say, judge on more tokens."
     if transferred == "unsure":
         return "unsure", "", "The interval holds the margin: not enough data to say, judge on more tokens."
     for name, place in adapted.items():
@@ -134,14 +138,17 @@ def _chosen(transferred: str, adapted: Mapping[str, str]) -> tuple[str, str, str
 
 def _told(gap: Mapping[str, Interval], margin: Margin) -> str:
     said = [
-        f"{UNITS[name]} by {g.value:.4f} [{g.low:.4f}, {g.high:.4f}] against a margin of {margin[name]:.4f}"
+        f"{g.value:.4f} [{g.low:.4f}, {g.high:.4f}] of {UNITS[name]} against a margin of {margin[name]:.4f}"
+        if g.low == g.low else f"{g.value:.4f} of {UNITS[name]}"
         for name, g in gap.items()
-    ]
-    return f"retraining lowers {' and '.join(said)}."
+    ]  # fmt: skip
+    return f"the gap to a retrained dictionary is {' and '.join(said)}."
 
 
 def _floors(margin: Margin, home: Judged) -> str:
     if "reseeded" not in home:
         return f"No second seed was given: the margin is {TOLERANCE:.0%} of what the reference leaves or costs."
+    if any(margin.floor[name] != margin.floor[name] for name in MEASURED):
+        return "What a new seed changes has no interval."
     floors = " and ".join(f"{UNITS[name]} by at most {margin.floor[name]:.4f}" for name in MEASURED)
     return f"A new seed alone changes {floors}."

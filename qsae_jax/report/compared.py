@@ -64,11 +64,13 @@ def _cost(seconds: dict[str, float]) -> str:
     peak = ", ".join(f"{name} {_long(s)}" for name, s in seconds.items() if name not in MEASURED)
     reached = ", ".join(f"{name} {_long(s)}" for name, s in seconds.items() if name in MEASURED)
     said = f"On one chip of each, at {ASSUMED:.0%} of its peak: {peak}"
-    return f"{said}; at the rate that was measured: {reached}." if reached else f"{said}."
+    return f"{said}; at rates that were reached on cores of this project: {reached}." if reached else f"{said}."
 
 
 def _long(seconds: float) -> str:
     """A time in the unit that leaves two or three digits."""
+    if seconds < 1:
+        return "less than 1 s"
     for unit, length, below in (("s", 1, 100), ("min", 60, 6000), ("h", 3600, 360_000)):
         if seconds < below:
             return f"{seconds / length:.2g} {unit}"

@@ -32,8 +32,7 @@ def _page(results: Results) -> str:
     return env.get_template("page.html.jinja").render(
         head=results.head,
         title=f"{_short(results.head.get('model', ''))} at {results.head.get('point', '')}",
-        verdict=(results.compare or {}).get("verdict"),
-        verdicts=verdicts.VERDICTS,
+        heads=verdicts.heads(results),
         sentences=tables.sentences(results),
         sections=sections(results),
         facts=facts(results),

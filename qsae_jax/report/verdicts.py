@@ -30,6 +30,15 @@ VERDICTS = {
 }
 
 
+def heads(results: Results) -> list[tuple[str, str]]:
+    """The verdicts at the top of the page: of one scheme with its reason, of several one for each."""
+    found = [one for one in (results.compare, *results.compared.values()) if one]
+    titles = [VERDICTS.get(one["verdict"]["choice"], one["verdict"]["choice"]) for one in found]
+    if len(found) == 1:
+        return [(titles[0], found[0]["verdict"]["reason"])]
+    return [(f"{one['scheme']}: {title[0].lower()}{title[1:]}", "") for one, title in zip(found, titles, strict=True)]
+
+
 def parts(results: Results) -> list[Part]:
     """A table of all schemes where there are several, then each scheme's own parts."""
     if not results.compare:

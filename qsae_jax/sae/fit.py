@@ -85,13 +85,14 @@ def fit(
     steps = {name: _steps(job, tokens, stream.batch) for name, job in jobs.items()}
     most = max(steps.values())
     settings = _settings(stream, jobs, config, tokens) | ({"after": after} if after else {})
+    first = stream.first(FIRST_ROWS)
+    settings |= {f"activations of {name}": f"{float(jnp.linalg.norm(x)):.3g}" for name, x in first.items()}
+    states = _begin(first, stream, jobs, config, steps, initial or {})
+    del first
     make_folder(folder)
     with Steps(folder / "steps") as kept:
-        first = stream.first(FIRST_ROWS)
-        settings |= {f"activations of {name}": f"{float(jnp.linalg.norm(x)):.3g}" for name, x in first.items()}
         if kept.latest is not None:
             _same(settings, folder)
-        states = _begin(first, stream, jobs, config, steps, initial or {})
         stream.taken, stream.until = after, after + most * stream.batch
         if kept.latest is None:
             write_json(folder / SETTINGS, settings)
@@ -99,7 +100,6 @@ def fit(
         else:
             states, plain = kept.load(states)
             stream.taken = int(plain["taken"])
-        del first
         work = _Work(stream, jobs, {name: job.config or config for name, job in jobs.items()}, steps, kept, after)
         with closing(Logs(folder, list(jobs), stream.taken - after, log)) as logs:
             states = work.done(states, logs)
@@ -176,6 +176,8 @@ def _begin(
 
 def _check_fits(config: SAEConfig, latents: int, batch: int, transcodes: bool) -> None:
     """Refuse what could not be trained, or not be saved."""
+    if latents > LARGEST or batch * latents > LARGEST * 64:
+        raise UserError(f"sae.expansion {config.expansion:g} gives {latents} latents, more than are counted: lower it")
     if config.selects and config.k_most > latents:
         raise UserError(f"sae.k {config.k_most:g} is more than the {latents} latents: lower it")
     if config.sparsity in ("batchtopk", "matryoshka") and batch * latents > LARGEST:

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 from qsae_jax import audit, compare, fake_quantize, patch
+from qsae_jax.compare.curves import fvu_drawn
+from qsae_jax.compare.fidelity import about_mean, fvu_of
 from qsae_jax.compare.verdict import difference, verdict
 from qsae_jax.mesh import make_mesh, place
-from qsae_jax.stats import Grouped
+from qsae_jax.stats import Grouped, resamples
 
 POINT, SKIP = "blocks.1.resid_post", 2
 
@@ -181,10 +183,31 @@ def test_two_seeds_give_one_gap():
     assert one["fvu"].high < other["fvu"].low
 
 
+def test_the_interval_of_fvu_lies_about_its_value():
+    """Eight groups whose means lie far apart: about the mean of all, the middle of the resamples is the value, and
+    the whole is what NumPy makes of it. Control: about each resample's own mean it lies above by a tenth."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(8, 40, 5)) + 3 * random.normal(size=(8, 1, 5))
+    shift = random.normal(size=5)
+    error = 0.3 * ((x - x.mean((0, 1))) ** 2).sum(-1)
+    away = x - shift
+    sums = {"x": away.sum(1), "xx": (away**2).sum((1, 2)), "n": np.full(8, 40.0), "error": error.sum(1)}
+    about = about_mean(Grouped(8, sums)).sums
+    assert fvu_of({k: v.sum(0) for k, v in about.items()}) == pytest.approx(0.3, rel=1e-12)
+    assert about["x"].sum(0) == pytest.approx(np.zeros(5), abs=1e-9)
+    drawn = fvu_drawn(about)[1:]
+    own = [
+        (c @ sums["error"]) / (c @ sums["xx"] - ((c @ sums["x"]) ** 2).sum() / (c @ sums["n"]))
+        for c in resamples(8, 1000)
+    ]
+    assert np.median(drawn) == pytest.approx(0.3, rel=0.02) and np.median(own) > 0.3 * 1.08
+
+
 def test_one_window_gives_no_interval_and_so_no_answer():
     """A gap of 0.15 from a single group of windows: nothing tells it from chance."""
     got = told((0.45, 1.0), (0.30, 0.5), groups=1)
     assert got["choice"] == "unsure" and "not enough data" in got["reason"] and np.isnan(got["interval"][0])
+    assert "nan" not in got["reason"] and "One window has no interval" in got["reason"]
 
 
 def test_the_transferred_arm_is_that_of_the_audit(facts, tiny_lm, saes, tiny_windows):
