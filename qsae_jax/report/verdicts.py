@@ -32,7 +32,7 @@ VERDICTS = {
 
 def heads(results: Results) -> list[tuple[str, str]]:
     """The verdicts at the top of the page: of one scheme with its reason, of several one for each."""
-    found = [one for one in (results.compare, *results.compared.values()) if one]
+    found = ([results.compare] if results.compare else []) + list(results.compared.values())
     titles = [VERDICTS.get(one["verdict"]["choice"], one["verdict"]["choice"]) for one in found]
     if len(found) == 1:
         return [(titles[0], found[0]["verdict"]["reason"])]
