@@ -97,14 +97,14 @@ def _compared(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("--schemes", required=True, help="the scheme of the quantized model")
     compare.add_argument("--sae", required=True, help="dictionary trained at full precision")
     compare.add_argument("--retrained", required=True, help="dictionary trained on the quantized model")
-    compare.add_argument("--reseeded", help="the first one trained from another seed: the floor")
-    compare.add_argument("--again", help="retrained from that seed too: intervals reach over both")
-    compare.add_argument("--finetuned", help="the first one fine-tuned on the quantized model: train --from")
+    compare.add_argument("--reseeded", help="--sae trained from another seed: what a seed alone changes")
+    compare.add_argument("--again", help="--retrained from that seed too: intervals reach over both seeds")
+    compare.add_argument("--finetuned", help="--sae fine-tuned on the quantized model, by train --from")
     compare.add_argument("--shuffled", help="one trained on shuffled activations: what nonsense reaches")
     compare.add_argument("--adapt", type=_count(0), default=0, metavar="N",
-                         help="adapt the first one in closed form, on N tokens that are not judged on")  # fmt: skip
+                         help="adapt --sae in closed form, on the first N tokens, which are not judged on")  # fmt: skip
     compare.add_argument("--budgets", nargs="+", default=[], metavar="DIR",
-                         help="retrained there on fewer tokens: the budget curve")  # fmt: skip
+                         help="retrained on fewer tokens: a budget curve, which --retrained ends")  # fmt: skip
     compare.add_argument("--probes", action="store_true", help="sparse probes on classes that tokens' text tells")
 
 

@@ -1,11 +1,12 @@
 """`qsae train` in all its forms, and `qsae sae`, as a user types them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from qsae_jax import load_sae
+from qsae_jax import load_sae, verbs
 from qsae_jax.cli import main
 from qsae_jax.sae.formats import load_stored
 
@@ -77,12 +78,23 @@ def test_a_transcoder_and_a_crosscoder(train, tmp_path, capsys):
         assert len(capsys.readouterr().err.splitlines()[-1:]) == 1
 
 
-def test_going_on_from_a_dictionary(train, tmp_path, capsys):
+def test_going_on_from_a_dictionary(train, tmp_path, capsys, monkeypatch):
     """With a learning rate of almost 0 the dictionary comes out as it went in, and the file names it. Control: without
-    `--from` another does. One that is not there gives one line."""
+    `--from` another does. It goes on after the 96 tokens that the first one saw, of the same source only. One that is
+    not there gives one line."""
+    passed, done = [], verbs.fit
+
+    def fit(*args):
+        passed.append(args[-1])
+        return done(*args)
+
+    monkeypatch.setattr(verbs, "fit", fit)
     assert train("a", "--set", "sae.k=3", schemes="fp") == 0
     before = str(tmp_path / "a" / "saes" / "fp")
     assert train("b", "--from", before, "--set", "sae.lr=1e-9", schemes="fp") == 0
+    shutil.copy(tmp_path / "tokens.npy", tmp_path / "others.npy")
+    assert train("e", "--from", before, "--tokens", f"npy:{tmp_path / 'others.npy'}", schemes="fp") == 0
+    assert passed == [0, 96, 0]
     assert train("c", "--set", "sae.k=3", "--set", "sae.lr=1e-9", "--set", "train.seed=5", schemes="fp") == 0
     one, two, new = (load_stored(tmp_path / name / "saes" / "fp") for name in "abc")
     np.testing.assert_allclose(two.sae.W_dec[...], one.sae.W_dec[...], atol=1e-5)

@@ -32,8 +32,11 @@ VERDICTS = {
 
 def heads(results: Results) -> list[tuple[str, str]]:
     """The verdicts at the top of the page: of one scheme with its reason, of several one for each."""
-    found = ([results.compare] if results.compare else []) + list(results.compared.values())
-    titles = [VERDICTS.get(one["verdict"]["choice"], one["verdict"]["choice"]) for one in found]
+    found = list(results.compared.values())
+    if results.compare is not None:
+        found.insert(0, results.compare)
+    choices = [str(one["verdict"]["choice"]) for one in found]
+    titles = [VERDICTS.get(choice, choice) for choice in choices]
     if len(found) == 1:
         return [(titles[0], found[0]["verdict"]["reason"])]
     return [(f"{one['scheme']}: {title[0].lower()}{title[1:]}", "") for one, title in zip(found, titles, strict=True)]
