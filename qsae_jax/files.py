@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from qsae_jax.errors import UserError
 
@@ -113,14 +114,15 @@ def staged(folder: Path) -> Iterator[Path]:
             os.replace(folder, old)
         os.replace(draft, folder)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write `{folder}` ({error.strerror or error}): {_remedy(error)}") from error
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write `{folder}` ({said}): {_remedy(error)}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _remedy(error: OSError) -> str:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+def _remedy(error: Exception) -> str:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     return "make room on the disk" if full else "choose another --out"
 
 

@@ -1,5 +1,6 @@
 """Training states, kept by Orbax: the newest two steps, each whole or not there."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,17 @@ class Steps:
     def save(self, step: int, tree: Any, plain: dict[str, float]) -> None:
         try:
             self._kept.save_checkpointables(step, {"state": _named(tree), "plain": plain}, overwrite=True)
-        except OSError as error:
-            raise UserError(f"cannot write `{self._kept.directory}` ({error.strerror}): is the disk full?") from error
+        except (OSError, ValueError, RuntimeError) as error:
+            # TensorStore tells of a full disk with a ValueError, of which a line is too long to be shown whole.
+            full = "No space left" in str(error)
+            if not full and not isinstance(error, OSError):
+                raise
+            said = "no space is left on the disk" if full else getattr(error, "strerror", None) or error
+            remedy = "make room" if full else "see that it is there and writable"
+            raise UserError(
+                f"cannot keep a step in `{self._kept.directory}` ({said}): {remedy}; the same command goes on from the "
+                "step before"
+            ) from error
 
     def load(self, like: Any) -> tuple[Any, dict[str, float]]:
         """The newest step, its arrays placed as those of `like`."""
@@ -45,8 +55,10 @@ class Steps:
     def __enter__(self) -> "Steps":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._kept.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # A step that could not be written is told of by `close` once more: the first word counts.
+        with contextlib.suppress(*((Exception,) if kind else ())):
+            self._kept.close()
 
 
 def _named(tree: Any) -> dict[str, Any]:
