@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+from jax.extend.core import Jaxpr, Literal, Var
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4,
@@ -53,8 +53,9 @@ def _inside(params: dict[str, Any]) -> list[Jaxpr]:
     """The jaxprs of a call or loop; of a choice the branch that takes most, rules for derivatives aside."""
     if "branches" in params:
         return [max((branch.jaxpr for branch in params["branches"]), key=_whole)]
-    values = [value for value in params.values() if isinstance(value, Jaxpr | ClosedJaxpr)]
-    return [value.jaxpr if isinstance(value, ClosedJaxpr) else value for value in values]
+    # A closed jaxpr wraps one up to JAX 0.11 and is one from there on.
+    values = [getattr(value, "jaxpr", value) for value in params.values()]
+    return [value for value in values if isinstance(value, Jaxpr)]
 
 
 def _whole(jaxpr: Jaxpr) -> float:
