@@ -19,6 +19,7 @@ import numpy as np
 
 from qsae_jax import arms, questions
 from qsae_jax.acts.tokens import Windows, load_windows
+from qsae_jax.audit.kept import Kept
 from qsae_jax.audit.run import audits
 from qsae_jax.config import as_tables, expanded
 from qsae_jax.errors import UserError
@@ -214,10 +215,12 @@ class Stages:
         notes = [note for point, name in named.items() for note in self._notes(stored[point], name, point)]
         found = audits(self.lm, {point: stored[point].sae for point in named}, windows, self.schemes,
                        skip_first=s.tokens.skip_first, batch=s.batch, mesh=self.mesh, errors_at=self.errors_at,
-                       match=s.match, facts=self.facts | {"notes": [*self.facts["notes"], *notes]})  # fmt: skip
+                       match=s.match, facts=self.facts | {"notes": [*self.facts["notes"], *notes]},
+                       keep=self.out / "audit")  # fmt: skip
         for (point, judged), name in zip(found.items(), named.values(), strict=True):
             judged.facts["sae"] = name
             judged.write(make_folder(self.out / "at" / point) if point in s.at else self.out)
+        Kept(self.out / "audit").forget()
 
     def _notes(self, stored: Stored, name: str, point: str) -> list[str]:
         """Where a given dictionary's own record differs from how it is used."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qsae_jax import dictionaries
 from qsae_jax.acts.stream import ActivationStream
+from qsae_jax.audit.kept import Kept
 from qsae_jax.audit.run import audit as run_audit
 from qsae_jax.comparison import compare as run_compare
 from qsae_jax.dictionaries import tell_apart
@@ -69,8 +70,9 @@ def audit(given: Namespace, command: str) -> None:
     notes = notes_of(given, lm, windows, point, {given.sae: (stored, "fp")})
     facts = {"model": given.model, "sae": given.sae, "notes": notes}
     judged = run_audit(lm, stored.sae, windows, names, point, skip_first=given.skip_first,
-                       batch=given.batch, mesh=mesh, facts=facts)  # fmt: skip
+                       batch=given.batch, mesh=mesh, facts=facts, keep=out / "audit")  # fmt: skip
     judged.write(make_folder(out))
+    Kept(out / "audit").forget()
     record(given, command, out)
     tell(write_report(out))
 

@@ -42,9 +42,10 @@ RUN = """
 import sys, time
 import jax
 jax.config.update("jax_num_cpu_devices", 1)
+from qsae_jax.audit.kept import Kept
 import qsae_jax.sae.fit as fitting
 from qsae_jax.cli import main
-fitting.KEEP_EVERY_S = 0.1
+fitting.KEEP_EVERY_S = sys.modules[Kept.__module__].KEEP_EVERY_S = 0.1
 print("begun", flush=True)
 sys.exit(main(sys.argv[1:]))
 """

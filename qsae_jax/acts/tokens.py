@@ -42,7 +42,7 @@ class Windows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def part(self, start: int, stop: int) -> "Windows":
+    def part(self, start: int, stop: int | None) -> "Windows":
         return Windows(self.ids[start:stop], self.source, self.bos)
 
     def described(self, skip_first: int) -> dict:

@@ -173,7 +173,7 @@ def waited(found: Made, stopped: Callable[[], bool]) -> Made:
     """What a forward pass gives, when it is there. An interpreter that leaves while the device still works crashes."""
     found = jax.block_until_ready(found)
     if stopped():
-        raise Interrupted("audit stopped; nothing is written, the same command begins it again")
+        raise Interrupted("stopped; what is finished is kept, the same command goes on")
     return found
 
 

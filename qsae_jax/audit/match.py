@@ -12,6 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from qsae_jax.acts.tokens import Windows, in_order, windows_per_forward
+from qsae_jax.audit.kept import Kept
 from qsae_jax.audit.perplexity import Losses
 from qsae_jax.errors import Interrupted, UserError
 from qsae_jax.lm.model import LM
@@ -35,8 +36,13 @@ class Matching:
     windows: Windows
     batch: int
     mesh: Mesh
-    found: dict[str, float] = field(default_factory=dict)
-    """Perplexities by scheme."""
+    kept: Kept = field(default_factory=lambda: Kept(None))
+
+    def __post_init__(self) -> None:
+        # JSON has no infinity: what was none is no number here either.
+        before = self.kept.begun["matches"]
+        self.found: dict[str, float] = {name: math.nan if value is None else value for name, value in before.items()}
+        """Perplexities by scheme."""
 
     def resolve(self, schemes: dict[str, Scheme]) -> tuple[dict[str, Scheme], dict[str, dict[str, Any]]]:
         """Schemes that can be applied, under the names that were asked for, and what was found of each match."""
@@ -83,8 +89,9 @@ class Matching:
                 (final,) = activations(twin, (FINAL,), tokens)
                 losses.add([twin], [final], tokens, weight)
                 if stopped():
-                    raise Interrupted("audit stopped; nothing is written, the same command begins it again")
+                    raise Interrupted("audit stopped; the same command goes on")
             self.found[name] = losses.perplexity("fp")
+            self.kept.note(matches=self.found)
             del twin
             return_freed()
         return self.found[name]

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float
 from qsae_jax.audit.sums import Shifts, batch_sums, first_means
 from qsae_jax.sae.measure import fvu
 from qsae_jax.sae.model import SAE
-from qsae_jax.stats import GROUPS, Grouped, Totals, group_of, pearson
+from qsae_jax.stats import GROUPS, Grouped, Sums, Totals, group_of, pearson
 
 ACTIVE, SURVIVED, DAMAGED = 1e-3, 0.9, 0.5
 FEW = 30
@@ -45,13 +45,13 @@ class Survival:
     """How many there will be: they are grouped by their place."""
     totals: dict[str, Totals] = field(init=False)
     groups: dict[str, Grouped] = field(init=False)
-    peaks: dict[str, np.ndarray | float] = field(init=False)
+    peaks: Sums = field(init=False)
     shifts: Shifts | None = None
 
     def __post_init__(self) -> None:
         self.totals = {name: Totals() for name in self.names}
         self.groups = {name: Grouped(min(GROUPS, self.windows)) for name in self.names}
-        self.peaks = dict.fromkeys(self.names, 0.0)
+        self.peaks = {name: np.zeros(()) for name in self.names}
 
     def add(self, acts: dict[str, Float[Array, "b p d"]], weight: Float[np.ndarray, "b"], first: int = 0) -> None:
         """A batch: the same windows' activations at counted positions in every run; `first` is the batch's first
