@@ -21,9 +21,9 @@ from qsae_jax.config import LARGEST, as_tables
 from qsae_jax.errors import Interrupted, UserError
 from qsae_jax.files import make_folder, read_json, write_json
 from qsae_jax.progress import progress, stop_signal
+from qsae_jax.sae.levels import edges
 from qsae_jax.sae.log import Logs, check_kinds
 from qsae_jax.sae.model import SAE
-from qsae_jax.sae.objective import edges
 from qsae_jax.sae.settings import SAEConfig
 from qsae_jax.sae.train import Metrics, Step, TrainState, finished, make_step, start
 from qsae_jax.store import Steps

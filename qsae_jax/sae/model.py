@@ -13,11 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from qsae_jax.errors import UserError
+from qsae_jax.mesh import place
 from qsae_jax.products import along, einsum
-from qsae_jax.sae.sparsity import Gated, Sparsity
+from qsae_jax.sae.sparsity import Gated, Sparsity, across
 
 
 class Normed(NamedTuple):
@@ -189,6 +191,11 @@ def with_sparsity(sae: SAE, sparsity: Sparsity) -> SAE:
     new = jax.tree.map(lambda x: x, sae)
     new.sparsity = nnx.data(sparsity) if isinstance(sparsity, nnx.Module) else sparsity
     return new
+
+
+def on_mesh(sae: SAE, mesh: Mesh) -> SAE:
+    """The dictionary placed on a mesh, its latents cut over `model`."""
+    return place(with_sparsity(sae, across(sae.sparsity, sae.latents, mesh)), mesh)
 
 
 def recentred(sae: SAE, centred: bool) -> SAE:

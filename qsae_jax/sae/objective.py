@@ -13,11 +13,10 @@ from jaxtyping import Array, Bool, Float
 
 from qsae_jax.products import Product, in_bfloat16, matmul
 from qsae_jax.sae import loss
+from qsae_jax.sae.levels import MakesLevels, levels_of_list
 from qsae_jax.sae.model import SAE
-from qsae_jax.sae.select import nth_largest
 from qsae_jax.sae.settings import SAEConfig
-from qsae_jax.sae.sparse import decode_chosen, encode_chosen
-from qsae_jax.sae.sparsity import BatchTopK, Gated, JumpReLU, TopK
+from qsae_jax.sae.sparsity import Gated, JumpReLU
 
 
 class Now(NamedTuple):
@@ -49,13 +48,13 @@ class Seen(NamedTuple):
 Objective = Callable[[SAE, Array, Array, Now], Seen]
 
 
-def make_objective(config: SAEConfig, fast: bool, twins: int = 1) -> Objective:
-    """The objective of a configuration. `fast` where one device holds all latents. Of a crosscoder over so many twins
-    a decoder row's norm is the sum of the norms of its parts (Lindsey et al. 2024)."""
+def make_objective(config: SAEConfig, levels: MakesLevels = levels_of_list, twins: int = 1) -> Objective:
+    """The objective of a configuration; `levels` are made as the mesh asks (`levels_for`). Of a crosscoder over so many
+    twins a decoder row's norm is the sum of the norms of its parts (Lindsey et al. 2024)."""
     product = in_bfloat16 if config.bf16 else matmul
     dense = {"relu": _relu, "p_anneal": _p_anneal, "gated": _gated, "jumprelu": _jumprelu}
     if config.selects:
-        return partial(_selecting, config, product, _levels_of_list if fast else _levels_by_products)
+        return partial(_selecting, config, product, levels)
     return partial(dense[config.sparsity], config, product, twins)
 
 
@@ -80,68 +79,13 @@ def _outside(sae: SAE, x: Array) -> Array:
     return rest if sae.W_skip is None else rest + matmul(x, sae.W_skip[...])
 
 
-def edges(config: SAEConfig, m: int) -> list[int]:
-    """Where the levels of a dictionary end; of one that is no Matryoshka there is one."""
-    if config.sparsity != "matryoshka":
-        return [m]
-    ends, total = [], 0.0
-    for share in config.groups[:-1]:
-        total += share
-        ends.append(round(total * m))
-    return [*ends, m]
-
-
-class Levels(NamedTuple):
-    """What the latents of each level add to the reconstruction `[b, levels, d]`, and who fired."""
-
-    added: Float[Array, "b g d"]
-    fired: Float[Array, "m"]
-    least: Float[Array, "m"]
-
-
-def _thinned(codes: Array, config: SAEConfig, now: Now, rows: int) -> Array:
-    """The codes that are left while k falls from its first value: `codes` are rows (topk) or one list (batchtopk)."""
-    if not config.k_first:
-        return codes
-    k = config.k_first + (config.k - config.k_first) * now.rise
-    each = config.sparsity == "topk"
-    n = jnp.floor(k if each else k * rows).astype(jnp.int32)
-    cut = nth_largest(jax.lax.stop_gradient(codes), n, axis=-1 if each else None)
-    return jnp.where(codes >= cut, codes, 0)
-
-
-def _levels_of_list(config: SAEConfig, sae: SAE, x: Array, now: Now, product: Product) -> Levels:
-    """By gathered rows."""
-    sparsity = sae.sparsity
-    assert isinstance(sparsity, TopK | BatchTopK)
-    read, bias = loss.reading(sae, x)
-    codes, b = encode_chosen(read, sae.encoder[...], bias, sparsity, product), len(x)
-    value = codes.value.reshape(b, -1) if isinstance(sparsity, TopK) else codes.value
-    codes = codes._replace(value=_thinned(value, config, now, b).reshape(-1))
-    ends = jnp.asarray(edges(config, sae.latents))
-    to = codes.row * len(ends) + jnp.searchsorted(ends, codes.latent, side="right").astype(jnp.int32)
-    added = decode_chosen(codes, sae.W_dec[...], b * len(ends), to).reshape(b, len(ends), -1)
-    fired = jnp.zeros(sae.latents).at[codes.latent].add((codes.value > 0).astype(x.dtype))
-    some = jnp.where(codes.value > 0, codes.value, jnp.inf)
-    return Levels(added, fired, jnp.full(sae.latents, jnp.inf).at[codes.latent].min(some))
-
-
-def _levels_by_products(config: SAEConfig, sae: SAE, x: Array, now: Now, product: Product) -> Levels:
-    """By dense products, which a mesh cuts along the latents."""
-    codes = sae.sparsity(loss.pre_activations(sae, x, product))
-    codes = _thinned(codes, config, now, len(x))
-    ends = edges(config, sae.latents)
-    parts = zip([0, *ends[:-1]], ends, strict=True)
-    added = jnp.stack([product(codes[:, i:j], sae.W_dec[...][i:j]) for i, j in parts], axis=1)
-    least = jnp.min(jnp.where(codes > 0, codes, jnp.inf), axis=0)
-    return Levels(added, jnp.sum(codes > 0, axis=0).astype(x.dtype), least)
-
-
-def _selecting(config: SAEConfig, product: Product, levels: Callable, sae: SAE, x: Array, y: Array, now: Now) -> Seen:
+def _selecting(
+    config: SAEConfig, product: Product, levels: MakesLevels, sae: SAE, x: Array, y: Array, now: Now
+) -> Seen:
     """TopK and BatchTopK: `mse + aux AuxK`. Matryoshka: the mean over the levels of the mse of all latents up to there
     (Bussmann et al. 2025, arXiv 2503.17547), and AuxK on the last residual. SAELens has their sum, and
     dictionary_learning their mean divided once more by their number."""
-    added, fired, least = levels(config, sae, x, now, product)
+    added, fired, least = levels(config, sae, x, now.rise, product)
     errors = (y - _outside(sae, x))[:, None] - jnp.cumsum(added, axis=1)
     parts = {"mse": jnp.mean(jnp.sum(errors**2, axis=-1)), "aux": jnp.zeros(())}
     error, k = errors[:, -1], min(config.k_aux or sae.d // 2, sae.latents)

@@ -4,6 +4,8 @@ Maxima of groups come first: the groups with the n largest maxima hold the n lar
 not negative are ordered as their bits are, so the n-th largest is found by bisection on the bits, a count for each.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -11,6 +13,18 @@ from jaxtyping import Array, Bool, Float, Int
 GROUP = 32
 """How many neighbours compete first: at 8,192 values this halves the time of lax.top_k (2 cores)."""
 PART = 4
+
+
+class Chosen(NamedTuple):
+    """Codes of a batch of b rows as a list: the few that are not zero. A place in the list that is not used has value
+    0. `value` is cut at zero, and the only part with a gradient."""
+
+    value: Float[Array, "n"]
+    row: Int[Array, "n"]
+    latent: Int[Array, "n"]
+
+    def dense(self, b: int, m: int) -> Float[Array, "b m"]:
+        return jnp.zeros((b, m), self.value.dtype).at[self.row, self.latent].add(self.value)
 
 
 def top_k(x: Float[Array, "*b m"], k: int) -> tuple[Float[Array, "*b k"], Int[Array, "*b k"]]:
@@ -30,17 +44,22 @@ def _bits(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
 
 
-def nth_largest(x: Float[Array, "*b m"], n: int | Array, axis: int | None = -1) -> Float[Array, "*b 1"]:
-    """The n-th largest along an axis (None is all of them), negative numbers counted as 0; the axis is kept."""
+def nth_largest(
+    x: Float[Array, "*b m"], n: int | Array, axis: int | None = -1, over: tuple[str, ...] = ()
+) -> Float[Array, "*b 1"]:
+    """The n-th largest along an axis (None is all of them), negative numbers counted as 0; the axis is kept. Within a
+    `shard_map`, `over` names mesh axes whose devices hold parts of it."""
     bits = _bits(jnp.maximum(x, 0))
 
     def halve(_: Array, span: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = span
         middle = low + (high - low) // 2
-        enough = jnp.sum(bits >= middle, axis=axis, keepdims=True) >= n
+        count = jnp.sum(bits >= middle, axis=axis, keepdims=True)
+        enough = (jax.lax.psum(count, over) if over else count) >= n
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     high = jnp.max(bits, axis=axis, keepdims=True) + 1
+    high = jax.lax.pmax(high, over) if over else high
     low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(high), high))
     return jax.lax.bitcast_convert_type(low, jnp.float32)
 

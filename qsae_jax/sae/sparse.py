@@ -1,4 +1,4 @@
-"""The fast path of the TopK family on a device that holds all latents: only the chosen rows are read and written.
+"""The fast path of the TopK family, on one device or on each of a mesh: only the chosen rows are read and written.
 
 Equal to the dense form, whose products over m latents (one forwards, two backwards, the encoder's aside) become
 gathers and scatters of as many rows as there are codes. Each loop has the shape that XLA runs fast on a CPU, measured
@@ -6,14 +6,14 @@ at d 512, m 8192, k 32, batch 2048 on 2 cores: sums into rows go in chunks that 
 they go to (15 ms; unsorted 46), and the sort, of packed keys, is shared by both weights (4 ms; with a payload 22).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qsae_jax.products import Product, matmul
-from qsae_jax.sae.sparsity import BatchTopK, Chosen, TopK
+from qsae_jax.sae.select import Chosen
 
 CHUNK, WIDE_CHUNK = 512, 65_536
 """Rows gathered at a time: on a CPU as many as its cache holds (of 512 numbers each they fill a megabyte), elsewhere as
@@ -56,6 +56,12 @@ def dotted(
     return jax.lax.map(lambda pair: jnp.sum(x[pair[0]] * y[pair[1]], axis=-1), pairs).reshape(-1)[:n]
 
 
+class Chooses(Protocol):
+    """TopK, BatchTopK, or the part of one that a device has."""
+
+    def chosen(self, pre: Float[Array, "b m"], /) -> Chosen: ...
+
+
 class Codes(NamedTuple):
     """The codes of a batch as a list, and the order that sorts it by latent."""
 
@@ -65,7 +71,7 @@ class Codes(NamedTuple):
     order: Int[Array, "n"]
 
 
-def _encode(x: Array, rows: Array, bias: Array, sparsity: TopK | BatchTopK, product: Product) -> Codes:
+def _encode(x: Array, rows: Array, bias: Array, sparsity: Chooses, product: Product) -> Codes:
     chosen: Chosen = sparsity.chosen(product(x, rows.T) + bias[None, :])
     return Codes(*chosen, by_latent(chosen.latent, len(rows)))
 
@@ -73,16 +79,12 @@ def _encode(x: Array, rows: Array, bias: Array, sparsity: TopK | BatchTopK, prod
 _encode_chosen = jax.custom_vjp(_encode, nondiff_argnums=(3, 4))
 
 
-def _encode_forth(
-    x: Array, rows: Array, bias: Array, sparsity: TopK | BatchTopK, product: Product
-) -> tuple[Codes, tuple]:
+def _encode_forth(x: Array, rows: Array, bias: Array, sparsity: Chooses, product: Product) -> tuple[Codes, tuple]:
     codes = _encode(x, rows, bias, sparsity, product)
     return codes, (x, rows, codes)
 
 
-def _encode_back(
-    sparsity: TopK | BatchTopK, product: Product, kept: tuple, cotangent: Codes
-) -> tuple[Array, Array, Array]:
+def _encode_back(sparsity: Chooses, product: Product, kept: tuple, cotangent: Codes) -> tuple[Array, Array, Array]:
     x, rows, codes = kept
     back = jnp.where(codes.value > 0, cotangent.value, 0)
     order = codes.order
@@ -98,7 +100,7 @@ def encode_chosen(
     x: Float[Array, "b d"],
     rows: Float[Array, "m d"],
     bias: Float[Array, "m"],
-    sparsity: TopK | BatchTopK,
+    sparsity: Chooses,
     product: Product = matmul,
 ) -> Codes:
     """The codes that a sparsity chooses of `x rows^T + bias`. Only the values have gradients.

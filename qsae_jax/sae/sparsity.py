@@ -4,28 +4,17 @@ Those without parameters are plain values; JumpReLU and Gated hold theirs. `scal
 pre-activations c times as large, c a number or one for each latent: what folding a scale into a dictionary needs.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from qsae_jax.products import along
-from qsae_jax.sae.select import largest, top_k
-
-
-class Chosen(NamedTuple):
-    """Codes of a batch of b rows as a list: the few that are not zero. A place in the list that is not used has value
-    0. `value` is cut at zero, and the only part with a gradient."""
-
-    value: Float[Array, "n"]
-    row: Int[Array, "n"]
-    latent: Int[Array, "n"]
-
-    def dense(self, b: int, m: int) -> Float[Array, "b m"]:
-        return jnp.zeros((b, m), self.value.dtype).at[self.row, self.latent].add(self.value)
+from qsae_jax.sae.select import Chosen, largest, top_k
+from qsae_jax.sae.sharded import divides, kept_of_batch, kept_of_rows
 
 
 @dataclass(frozen=True)
@@ -46,6 +35,8 @@ class TopK:
     """The k largest pre-activations of a row, negative ones cut to zero (Gao et al. 2024, arXiv 2406.04093)."""
 
     k: int
+    mesh: Mesh | None = None
+    """Where latents are cut over `model`: the mesh."""
     name = "topk"
 
     def chosen(self, pre: Float[Array, "b m"]) -> Chosen:
@@ -54,7 +45,11 @@ class TopK:
         return Chosen(jax.nn.relu(values).reshape(-1), rows.reshape(-1), latents.reshape(-1))
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
-        return _dense(self, pre)
+        rows = pre.reshape(-1, pre.shape[-1])
+        if self.mesh is None:
+            return self.chosen(rows).dense(*rows.shape).reshape(pre.shape)
+        kept = kept_of_rows(jax.lax.stop_gradient(rows), self.k, self.mesh)
+        return jnp.where(kept, jax.nn.relu(rows), 0).reshape(pre.shape)
 
     def scaled(self, c: Array) -> "TopK":
         return self
@@ -66,23 +61,27 @@ class BatchTopK:
     arXiv 2412.06410). A code depends on the whole batch: it is for training, and leaves as a JumpReLU."""
 
     k: float
+    mesh: Mesh | None = None
+    """Where latents are cut over `model`: the mesh."""
     name = "batchtopk"
+
+    def _count(self, b: int) -> int:
+        return max(int(self.k * b), 1)
 
     def chosen(self, pre: Float[Array, "b m"]) -> Chosen:
         b, m = pre.shape
-        values, at = largest(pre, max(int(self.k * b), 1))
+        values, at = largest(pre, self._count(b))
         return Chosen(values, jnp.where(at >= 0, at // m, b - 1), jnp.where(at >= 0, at % m, m - 1))
 
     def __call__(self, pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
-        return _dense(self, pre)
+        rows = pre.reshape(-1, pre.shape[-1])
+        if self.mesh is None or not divides(len(rows), rows.shape[1], self.mesh):
+            return self.chosen(rows).dense(*rows.shape).reshape(pre.shape)
+        kept = kept_of_batch(jax.lax.stop_gradient(rows), self._count(len(rows)), self.mesh)
+        return jnp.where(kept, rows, 0).reshape(pre.shape)
 
     def scaled(self, c: Array) -> "BatchTopK":
         return self
-
-
-def _dense(sparsity: "TopK | BatchTopK", pre: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
-    rows = pre.reshape(-1, pre.shape[-1])
-    return sparsity.chosen(rows).dense(*rows.shape).reshape(pre.shape)
 
 
 @jax.custom_vjp
@@ -158,3 +157,9 @@ class Gated(nnx.Module):
 
 
 Sparsity = ReLU | TopK | BatchTopK | JumpReLU | Gated
+
+
+def across(sparsity: Sparsity, latents: int, mesh: Mesh) -> Sparsity:
+    """The sparsity of a dictionary on a mesh: where its latents are cut, those that compare latents must know."""
+    cut = mesh.shape["model"] > 1 and latents % mesh.shape["model"] == 0
+    return replace(sparsity, mesh=mesh if cut else None) if isinstance(sparsity, TopK | BatchTopK) else sparsity

@@ -18,13 +18,14 @@ from jaxtyping import Array, Float, Int
 
 from qsae_jax.errors import UserError
 from qsae_jax.mesh import born, kept, place
+from qsae_jax.sae.levels import levels_for
 from qsae_jax.sae.model import SAE, folded_norms, init_sae, recentred, unscaled, with_sparsity
 from qsae_jax.sae.objective import Now, Seen, make_objective, with_auxk
 from qsae_jax.sae.optimize import averaged, exponent, moved, optimizer, sparsity_rise, unit_decoder
 from qsae_jax.sae.resample import resampled
 from qsae_jax.sae.scale import geometric_median, scale_of, scaled
 from qsae_jax.sae.settings import SAEConfig
-from qsae_jax.sae.sparsity import BatchTopK, Gated, JumpReLU, ReLU, Sparsity, TopK
+from qsae_jax.sae.sparsity import BatchTopK, Gated, JumpReLU, ReLU, Sparsity, TopK, across
 
 LONG = 2**30
 """Tokens beyond which a silent latent is not counted on: an int32 would wrap."""
@@ -72,10 +73,10 @@ class Metrics(NamedTuple):
 Step = Callable[..., tuple[TrainState, Metrics]]
 
 
-def make_sparsity(config: SAEConfig, latents: int) -> Sparsity:
+def make_sparsity(config: SAEConfig, latents: int, mesh: Mesh | None = None) -> Sparsity:
     """The sparsity of training, at its start."""
     zeros = jnp.zeros(latents)
-    return {
+    kinds: dict[str, Callable[[], Sparsity]] = {
         "topk": lambda: TopK(int(config.k_most)),
         "batchtopk": lambda: BatchTopK(config.k_most),
         "matryoshka": lambda: BatchTopK(config.k_most),
@@ -83,7 +84,9 @@ def make_sparsity(config: SAEConfig, latents: int) -> Sparsity:
         "gated": lambda: Gated(zeros, zeros, zeros),
         "relu": ReLU,
         "p_anneal": ReLU,
-    }[config.sparsity]()
+    }
+    sparsity = kinds[config.sparsity]()
+    return across(sparsity, latents, mesh) if mesh else sparsity
 
 
 def start(
@@ -105,11 +108,11 @@ def start(
     longest = config.max_norm * jnp.median(jnp.linalg.norm(scaled(x, scale), axis=-1))
     centres = {"geometric_median": geometric_median, "mean": partial(jnp.mean, axis=0)}
     centre = centres[config.centre](scaled(y, scale_out)) if config.centre != "zero" else jnp.zeros(y.shape[-1])
-    begun = None if initial is None else _from_before(initial, config, scale, scale_out, target is not None)
+    begun = None if initial is None else _from_before(initial, config, scale, scale_out, mesh, target is not None)
 
     def make() -> TrainState:
         sae = begun if begun is not None else init_sae(
-            make_sparsity(config, latents), latents, x.shape[-1], centre, jax.random.key(seed),
+            make_sparsity(config, latents, mesh), latents, x.shape[-1], centre, jax.random.key(seed),
             centred=target is None, skip=config.skip, reads=1.0 if config.selects else 2 * x.shape[-1] / latents,
         )  # fmt: skip
         m, count = sae.latents, jnp.zeros((), jnp.int32)
@@ -124,7 +127,7 @@ def start(
     return born(make, mesh) if begun is None else place(jax.tree.map(jnp.copy, make()), mesh)
 
 
-def _from_before(sae: SAE, config: SAEConfig, scale: Array, scale_out: Array, transcodes: bool) -> SAE:
+def _from_before(sae: SAE, config: SAEConfig, scale: Array, scale_out: Array, mesh: Mesh, transcodes: bool) -> SAE:
     """A finished dictionary in the scale and with the sparsity of this training."""
     if sae.norm is not None or sae.transcodes != transcodes:
         what = "normalises each token" if sae.norm is not None else "is a transcoder or else should be one"
@@ -137,7 +140,7 @@ def _from_before(sae: SAE, config: SAEConfig, scale: Array, scale_out: Array, tr
             raise UserError("the dictionary to go on from has TopK codes and decoder rows of many lengths: "
                             "keep them with --set sae.unit_decoder=no")  # fmt: skip
         sae = folded_norms(sae)
-    wanted = make_sparsity(config, sae.latents)
+    wanted = make_sparsity(config, sae.latents, mesh)
     if (sae.b_enc is None) != isinstance(wanted, Gated):
         raise UserError(f"a dictionary with {sae.sparsity.name} codes is not gone on with as {config.sparsity}")
     if not isinstance(sae.sparsity, type(wanted)) or isinstance(wanted, TopK | BatchTopK):
@@ -150,7 +153,7 @@ def _from_before(sae: SAE, config: SAEConfig, scale: Array, scale_out: Array, tr
 def make_step(config: SAEConfig, steps: int, mesh: Mesh, twins: int = 1) -> Step:
     """The jitted step `(state, activations [b, d], targets) -> (state, metrics)`; the state given is consumed. Targets
     are left out where the dictionary reconstructs what it reads."""
-    objective = make_objective(replace(config, aux=0.0), mesh.shape["model"] == 1, twins)
+    objective = make_objective(replace(config, aux=0.0), levels_for(mesh), twins)
     tx = optimizer(config, steps)
 
     def loss(sae: SAE, x: Array, y: Array, now: Now) -> tuple[Array, Seen]:
@@ -243,5 +246,5 @@ def finished(state: TrainState, config: SAEConfig) -> SAE:
         thresholds = jnp.broadcast_to(each, (sae.latents,))
         sae = with_sparsity(sae, JumpReLU(thresholds))
     elif isinstance(sae.sparsity, TopK):
-        sae = with_sparsity(sae, TopK(int(config.k)))
+        sae = with_sparsity(sae, replace(sae.sparsity, k=int(config.k)))
     return unscaled(sae, state.scale, state.scale_out)

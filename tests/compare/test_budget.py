@@ -157,7 +157,7 @@ def test_an_interval_holds_what_was_planted():
 def counted(d, m, batch):
     """XLA's own count of operations of a ReLU dictionary's loss and gradients, for each token."""
     sae = init_sae(ReLU(), m, d, jnp.zeros(d), jax.random.key(0))
-    objective = make_objective(SAEConfig(sparsity="relu"), fast=True)
+    objective = make_objective(SAEConfig(sparsity="relu"))
     now = Now(jnp.zeros(m, bool), jnp.ones(()), jnp.ones(()), jnp.ones(()))
     step = jax.jit(jax.grad(lambda sae, x: objective(sae, x, x, now).loss))
     facts = step.lower(sae, jnp.ones((batch, d))).compile().cost_analysis()

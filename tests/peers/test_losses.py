@@ -57,7 +57,7 @@ X = np.random.default_rng(9).standard_normal((B, D)).astype(np.float32) + 0.3
 
 
 def ours(config, sae, p=0.6):
-    objective = make_objective(config, fast=True)
+    objective = make_objective(config)
 
     def value(sae):
         seen = objective(sae, jnp.asarray(X), jnp.asarray(X), now)

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qsae_jax.mesh import on_data, place
+from qsae_jax.mesh import make_mesh, on_data
 from qsae_jax.products import in_bfloat16
-from qsae_jax.sae.model import SAE
-from qsae_jax.sae.objective import Now, edges, make_objective
+from qsae_jax.sae.levels import edges, levels_for
+from qsae_jax.sae.model import SAE, on_mesh
+from qsae_jax.sae.objective import Now, make_objective
 from qsae_jax.sae.settings import SAEConfig
 from qsae_jax.sae.sparsity import Gated, JumpReLU
 from qsae_jax.sae.train import make_sparsity
@@ -37,6 +38,9 @@ def case(sparsity, mesh=(1, 1), *, transcodes=False, skip=False, twins=1, fault=
 
 CASES = [
     case("topk", fault="b_dec"),
+    case("topk", (8, 1), fault="b_dec"),
+    case("batchtopk", (2, 4), transcodes=True, skip=True, k=2.6, k_first=6.3, fault="b_dec"),
+    case("matryoshka", (1, 8), skip=True, k=2.6, fault="levels"),
     case("topk", (2, 4), transcodes=True, skip=True, k_first=7, fault="attached"),
     case("batchtopk", transcodes=True, skip=True, k=2.6, k_first=6.3, fault="b_dec"),
     case("batchtopk", (1, 8), k=2.6, fault="attached"),
@@ -75,8 +79,8 @@ def make(draw):
 
 
 @cache
-def compiled(config, fast, twins):
-    objective = make_objective(config, fast, twins)
+def compiled(config, mesh, twins):
+    objective = make_objective(config, levels_for(mesh), twins)
 
     def value(sae, x, y, now):
         seen = objective(sae, x, y, now)
@@ -107,12 +111,12 @@ def same(ours, right):
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_the_papers(torch, mesh, make, case):
     """Loss, error, firing counts, smallest codes, and the gradient of every parameter, to 3e-5: for each branch of
-    AuxK, centred or a transcoder, with a skip, free decoder norms, k on its way down. On a mesh dense products, on one
-    device lists of codes. Control: a fault of the case, which its gradient shows."""
+    AuxK, centred or a transcoder, with a skip, free decoder norms, k on its way down, on one device and on meshes.
+    Control: a fault of the case, which its gradient shows."""
     sae, x, y = make(case)
     where = mesh(*case.mesh)
-    run = compiled(case.config, case.mesh[1] == 1, case.twins)
-    cut, *given = place(sae, where), *(on_data(a, where) for a in (x, y))
+    run = compiled(case.config, where, case.twins)
+    cut, *given = on_mesh(sae, where), *(on_data(a, where) for a in (x, y))
     now, ours = at([]), {}
     for dead in ROOMS if case.config.selects and case.config.aux else ROOMS[::3]:
         now = at(dead)
@@ -140,7 +144,7 @@ def test_an_empty_row_has_a_gradient_that_is_a_number(make):
     sae, x, y = make(case)
     sae.W_dec.set_value(sae.W_dec[...].at[3].set(0))
     now = Now(jnp.zeros(M, bool), *jnp.asarray([0.7, 0.6, 1.3]))
-    grads = compiled(case.config, True, 2)(sae, x, y, now)[1]
+    grads = compiled(case.config, make_mesh(1, 1), 2)(sae, x, y, now)[1]
     assert all(np.all(np.isfinite(a)) for a in arrays_of(grads).values())
     assert np.isnan(jax.grad(lambda row: jnp.linalg.norm(row))(jnp.zeros(3))).all()
 
@@ -174,6 +178,6 @@ def test_bfloat16_reaches_the_products_of_lists_and_of_dense_codes():
         sae = SAE(make_sparsity(config, 24), jnp.asarray(rows.T), bias, jnp.asarray(rows) / 8, jnp.zeros(8))
         now = Now(jnp.zeros(24, bool), *jnp.ones(3))
         plain, again, rounded = (
-            float(make_objective(replace(config, bf16=bool(bf16)), True)(sae, x, x, now).loss) for bf16 in (0, 0, 1)
+            float(make_objective(replace(config, bf16=bool(bf16)))(sae, x, x, now).loss) for bf16 in (0, 0, 1)
         )
         assert plain == again and 0 < abs(rounded - plain) < 0.01 * plain, kind

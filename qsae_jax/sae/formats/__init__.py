@@ -9,13 +9,13 @@ from jax.sharding import Mesh
 
 from qsae_jax.errors import UserError, nearest
 from qsae_jax.files import staged
-from qsae_jax.mesh import make_mesh, place
+from qsae_jax.mesh import make_mesh
 from qsae_jax.sae.formats import crosscoder, dictionary_learning, gemma_scope, llama_scope, openai, saelens, sparsify
 from qsae_jax.sae.formats.pickled import read_tensors
 from qsae_jax.sae.formats.saelens import FILES as FILES
 from qsae_jax.sae.formats.sources import Found, find
 from qsae_jax.sae.formats.stored import Stored as Stored
-from qsae_jax.sae.model import SAE
+from qsae_jax.sae.model import SAE, on_mesh
 
 READERS = {"saelens": saelens, "sparsify": sparsify, "gemma_scope": gemma_scope, "llama_scope": llama_scope}
 WRITERS = {
@@ -40,7 +40,7 @@ def load_stored(source: str | Path, mesh: Mesh | None = None) -> Stored:
         # A fact of another type than any writer's: a list where a number belongs.
         raise UserError(f"`{source}`: its configuration is not of the form that its owner writes ({error})") from error
     named = {key: value for key, value in found.told.get("metadata", {}).items() if value is not None}
-    return Stored(place(stored.sae, mesh or make_mesh(1, 1)), named | stored.metadata, stored.format, stored.dtype)
+    return Stored(on_mesh(stored.sae, mesh or make_mesh(1, 1)), named | stored.metadata, stored.format, stored.dtype)
 
 
 def _pickled(found: Found) -> Stored:
