@@ -23,6 +23,7 @@ from qsae_jax.acts.tokens import Windows
 from qsae_jax.lm.sources import SMOLLM2
 from qsae_jax.lm.tap import Point
 from qsae_jax.mesh import make_mesh
+from qsae_jax.pages import with_huge_pages
 from qsae_jax.sae.fit import Job, fit
 from qsae_jax.sae.train import SAEConfig
 
@@ -87,4 +88,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()  # here, and by inheritance in the peers
     main()

@@ -26,6 +26,7 @@ from qsae_jax.lm.loss import token_losses
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.sources import SMOLLM2
 from qsae_jax.lm.tap import FINAL, Point, activations
+from qsae_jax.pages import with_huge_pages
 
 ROOT = Path(__file__).parents[1]
 LAYER, BATCH = 8, 8
@@ -127,4 +128,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()  # here, and by inheritance in the peers
     main()

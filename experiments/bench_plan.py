@@ -28,6 +28,7 @@ from qsae_jax.lm.loss import token_losses
 from qsae_jax.lm.sources import SMOLLM2
 from qsae_jax.lm.tap import FINAL, Point, activations
 from qsae_jax.mesh import make_mesh
+from qsae_jax.pages import with_huge_pages
 from qsae_jax.plan import named_device, plan
 from qsae_jax.recipe import Study, read_study
 from qsae_jax.sae.train import finished, make_step, start
@@ -126,4 +127,5 @@ def tell(**facts) -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()  # here, and by inheritance in the peers
     main()

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from qsae_jax.pages import with_huge_pages
+
 ROOT = Path(__file__).parents[1]
 GROUP = 64
 SAME = f"int4-g{GROUP}-half"
@@ -120,4 +122,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()  # here, and by inheritance in the peers
     main()

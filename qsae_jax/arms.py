@@ -22,6 +22,7 @@ from qsae_jax.compare import adapt, budget, probe
 from qsae_jax.compare.transfer import Arms, compares
 from qsae_jax.errors import Interrupted, UserError
 from qsae_jax.files import make_folder
+from qsae_jax.hosts import here
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import Point, activations, weights_before, width_at
 from qsae_jax.lm.tokenizer import load_tokenizer
@@ -107,7 +108,7 @@ def rows_at(lm: LM, windows: Windows, point: Point, mesh: Mesh, skip_first: int,
     with stop_signal() as stopped:
         for ids, weight in in_order(windows, windows_per_forward(batch, windows, mesh)):
             (x,) = activations(lm, (point,), on_data(ids, mesh))
-            parts.append(np.asarray(counted_rows(x[: int(weight.sum())], skip_first), np.float32))
+            parts.append(np.asarray(here(counted_rows(x[: int(weight.sum())], skip_first)), np.float32))
             if stopped():
                 raise Interrupted("stopped; the same command begins this stage again")
     return jnp.asarray(np.concatenate(parts))

@@ -4,6 +4,7 @@ argparse rather than tyro: a mistake has to give one line, and tyro's is a box o
 """
 
 import argparse
+import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -49,6 +50,10 @@ def parser() -> Parser:
     quantize.add_argument("--model", required=True)
     quantize.add_argument("--scheme", required=True)
     _out(quantize, required=True)
+    for verb in (demo, run, audit, train, compare):
+        verb.add_argument("--processes", default="", metavar="ADDRESS:PORT,COUNT,NUMBER",
+                          help="as one of several processes, which all are given the same command; auto under a "
+                          "launcher that JAX knows. srun and TPU pods need no flag")  # fmt: skip
     for verb in (audit, train, compare, quantize):
         verb.add_argument("--layers", default="", metavar="4-8", help="distort only these blocks, counted from 0")
     verbs.add_parser("report", help="write DIR/report.html again").add_argument("folder", metavar="DIR")
@@ -152,9 +157,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not given.verb:
             parser().print_help()
             return 0
-        from qsae_jax import verbs
+        from qsae_jax import hosts, verbs
 
-        getattr(verbs, given.verb)(given, "qsae " + " ".join(argv))
+        hosts.begin(getattr(given, "processes", ""))
+        with contextlib.redirect_stdout(sys.stdout if hosts.first() else None):
+            getattr(verbs, given.verb)(given, "qsae " + " ".join(argv))
         return 0
     except UserError as error:
         return _told(f"qsae: {error}", 2, argv)

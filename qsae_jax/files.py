@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
+from qsae_jax import hosts
 from qsae_jax.errors import UserError
 
 SPOILT = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, RuntimeError,
@@ -82,15 +83,19 @@ def staged_file(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` when the block ends well."""
     make_folder(path.parent)
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        where = path.parent if hosts.first() else None  # what the others write is thrown away
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=where)
         os.close(descriptor)
     except OSError as error:
         raise UserError(f"cannot write `{path}` ({error.strerror}): choose a writable folder") from error
     draft = Path(name)
     try:
         yield draft
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
+        hosts.wait()
+        if hosts.first():
+            os.chmod(draft, 0o644)
+            os.replace(draft, path)
+        hosts.wait()
     except OSError as error:
         raise UserError(f"cannot write `{path}` ({error.strerror or error}): {_remedy(error)}") from error
     finally:
@@ -102,23 +107,38 @@ def staged(folder: Path) -> Iterator[Path]:
     """A new folder to fill, which takes the place of `folder` when the block ends well."""
     make_folder(folder.parent)
     try:
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent if hosts.first() else None))
     except OSError as error:
         raise UserError(f"cannot write `{folder}` ({error.strerror}): choose a writable folder") from error
     try:
         yield draft
-        for path in [draft, *draft.rglob("*")]:  # mkdtemp and safetensors make them for their owner alone
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        old = draft.with_name(f"{draft.name}.old")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(draft, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        hosts.wait()
+        if hosts.first():
+            _into_place(draft, folder)
+        hosts.wait()
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write `{folder}` ({said}): {_remedy(error)}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _into_place(draft: Path, folder: Path) -> None:
+    for path in [draft, *draft.rglob("*")]:  # mkdtemp and safetensors make them for their owner alone
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    old = draft.with_name(f"{draft.name}.old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(draft, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def drop(*paths: Path) -> None:
+    """Delete files and folders, where they are there."""
+    hosts.wait()
+    for path in paths if hosts.first() else ():
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    hosts.wait()
 
 
 def _remedy(error: Exception) -> str:

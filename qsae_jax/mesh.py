@@ -13,10 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from qsae_jax import hosts
 from qsae_jax.errors import UserError
 
 AXES = ("data", "model")
@@ -29,6 +31,8 @@ def make_mesh(data: int = 0, model: int = 1) -> Mesh:
     data = data or max(have // max(model, 1), 1)
     if data * model > have or model < 1 or data < 1:
         raise UserError(f"mesh {data}x{model} needs {data * model} devices, {have} are here: choose a smaller mesh")
+    if hosts.many() and data * model < have:
+        raise UserError(f"mesh {data}x{model} leaves out devices of some process: choose one of {have}, or auto")
     devices = jax.devices()[: data * model]
     return jax.make_mesh((data, model), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
@@ -115,7 +119,16 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 def place(tree: Any, mesh: Mesh) -> Any:
     """The tree with every leaf put on the mesh by its logical axes."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    return jax.tree.map(put, tree, shardings(tree, mesh))
+
+
+def put(leaf: Any, where: NamedSharding) -> Array:
+    """An array on the devices of a sharding. Of what this process holds whole, each process gives its own part."""
+    if where.is_fully_addressable:
+        return jax.device_put(leaf, where)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=where)(leaf)
+    return jax.make_array_from_callback(leaf.shape, where, lambda index: np.asarray(leaf[index]))
 
 
 def born(make: Callable[[], Any], mesh: Mesh) -> Any:
@@ -130,7 +143,7 @@ def kept(tree: Any, mesh: Mesh) -> Any:
 
 def on_data(array: Any, mesh: Mesh) -> Array:
     """An array cut over `data` along its first dimension (windows of tokens, rows of activations)."""
-    return jax.device_put(array, NamedSharding(mesh, spec(("batch",) + (None,) * (array.ndim - 1), array.shape, mesh)))
+    return put(array, NamedSharding(mesh, spec(("batch",) + (None,) * (array.ndim - 1), array.shape, mesh)))
 
 
 def in_chunks(rows: Array, size: int) -> Array:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qsae_jax import hosts
 from qsae_jax.errors import Interrupted
 
 Advance = Callable[..., None]
@@ -20,6 +21,9 @@ QUIET_EVERY_S = 20.0
 @contextlib.contextmanager
 def progress(stage: str, total: int) -> Iterator[Advance]:
     """A bar for one stage; inside, `advance(n, fvu=0.12, ...)` moves it by n and shows the figures."""
+    if not hosts.first():
+        yield lambda n=1, **figures: None
+        return
     console = Console(file=sys.stderr)
     if not console.is_terminal:
         yield _lines(stage, total)
@@ -74,11 +78,12 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         came.append(number)
         print("stopping at the next safe point; once more breaks off", file=sys.stderr, flush=True)
 
+    agreed = hosts.Agreement()
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(came)
+        yield lambda: agreed.any(bool(came))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if came:
+    if hosts.Agreement(every=1).any(bool(came)):
         raise Interrupted("stopped; the same command goes on")

@@ -17,6 +17,7 @@ from qsae_jax.audit.contexts import contexts, with_text
 from qsae_jax.audit.protocols import cut, perplexities
 from qsae_jax.errors import UserError
 from qsae_jax.files import read_features, read_json
+from qsae_jax.hosts import here
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tokenizer import load_tokenizer
 from qsae_jax.progress import progress, stop_signal
@@ -58,7 +59,7 @@ def by_protocol(study: Study, lm: LM, folder: Path, mesh: Mesh) -> dict[str, Any
 
 def who_survives(study: Study, folder: Path, sae: SAE) -> dict[str, Any]:
     """`predict.json`."""
-    columns, own = read_features(folder / "features.parquet"), predict.clusters(np.asarray(sae.W_dec[...]))
+    columns, own = read_features(folder / "features.parquet"), predict.clusters(np.asarray(here(sae.W_dec[...])))
     key, names = _key(sae), study.predict.schemes
     tables = {name: predict.Table(columns[name], own, key) for name in names}
     found: dict[str, Any] = {"schemes": {}}
@@ -84,7 +85,7 @@ def who_survives(study: Study, folder: Path, sae: SAE) -> dict[str, Any]:
 
 def _key(sae: SAE) -> str:
     """What tells one dictionary's features from another's."""
-    return hashlib.sha256(np.asarray(sae.W_dec[...]).tobytes()).hexdigest()
+    return hashlib.sha256(np.asarray(here(sae.W_dec[...])).tobytes()).hexdigest()
 
 
 def _other(folder: Path, scheme: str) -> predict.Table:
@@ -94,7 +95,7 @@ def _other(folder: Path, scheme: str) -> predict.Table:
         raise UserError(f"`{folder}` has no features under `{scheme}`, only {', '.join(columns)}: audit it there too")
     named = read_json(folder / "audit.json").get("sae", "")
     sae = load_sae(own if (own := folder / named).exists() else named)
-    return predict.Table(columns[scheme], predict.clusters(np.asarray(sae.W_dec[...])), _key(sae))
+    return predict.Table(columns[scheme], predict.clusters(np.asarray(here(sae.W_dec[...]))), _key(sae))
 
 
 def _chosen(config: CloserConfig, columns: Columns, spread: bool) -> list[int]:

@@ -6,7 +6,6 @@ key of everything that the stage depends on.
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from qsae_jax.audit.kept import Kept
 from qsae_jax.audit.run import audits
 from qsae_jax.config import as_tables, expanded
 from qsae_jax.errors import UserError
-from qsae_jax.files import make_folder, read_json, staged_file, write_json
+from qsae_jax.files import drop, make_folder, read_json, staged_file, write_json
 from qsae_jax.lm.load import abstract_lm, load_config, load_lm
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import check_point
@@ -112,8 +111,7 @@ class Stages:
         """Adapted and fine-tuned dictionaries, and the comparison of all; an earlier study's is taken away."""
         s = self.study
         if not s.compare:
-            (self.out / "compare.json").unlink(missing_ok=True)
-            shutil.rmtree(self.out / "compare", ignore_errors=True)
+            drop(self.out / "compare.json", self.out / "compare")
             return
         for name, some, work in (
             ("adapt", arms.adaptations(s), self._adapt),
@@ -142,7 +140,7 @@ class Stages:
                 ]
                 self._stage(name, depends, [file.name], lambda file=file, answer=answer: write_json(file, answer()))
             else:
-                file.unlink(missing_ok=True)
+                drop(file)
 
     def _closer(self, what: str) -> dict[str, Any]:
         windows = self._held_out(self.study.tokens.audit)
@@ -209,7 +207,7 @@ class Stages:
 
     def _audit(self) -> None:
         s, windows = self.study, self._held_out(self.study.tokens.audit)
-        shutil.rmtree(self.out / "at", ignore_errors=True)  # points of an earlier study
+        drop(self.out / "at")  # points of an earlier study
         named = {s.point: s.dictionary or "saes/fp"} | s.at
         stored = {point: load_stored(name, self.mesh) for point, name in s.at.items()} | {s.point: self._main()}
         notes = [note for point, name in named.items() for note in self._notes(stored[point], name, point)]
@@ -234,8 +232,7 @@ class Stages:
 
     def _compare(self) -> None:
         s = self.study
-        (self.out / "compare.json").unlink(missing_ok=True)
-        shutil.rmtree(self.out / "compare", ignore_errors=True)  # schemes of an earlier study
+        drop(self.out / "compare.json", self.out / "compare")  # schemes of an earlier study
         windows, point = self._held_out(s.tokens.compare), check_point(self.lm, s.point)
         arms.compare(s, self.lm, windows, point, self.mesh, self.facts, self.out)
 

@@ -37,6 +37,7 @@ from scipy.stats import rankdata
 
 from qsae_jax.acts.tokens import Windows, windows_per_forward
 from qsae_jax.audit.contexts import Best, checked, chunked, followed, values, waited
+from qsae_jax.hosts import here
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import Point, activations, resume
 from qsae_jax.mesh import from_chunks, on_data
@@ -134,7 +135,7 @@ def _changed(
         Runs(*(waited(resume(one, point, tokens, x), stopped) for x in run))
         for one, run in zip(lms, edited, strict=True)
     ]
-    effects, z = jax.device_get((compared(lms, finals), z))
+    effects, z = here((compared(lms, finals), z))
     reached = {"ablate": np.cumsum(z > 0, axis=1) > 0, "steer": np.broadcast_to(counted > 0, z.shape)}
     return {name: _sums(effects[name], reached[name][:, :-1]) for name in CHANGES}
 

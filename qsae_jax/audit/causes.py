@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qsae_jax.audit.survival import SURVIVED, Survival
+from qsae_jax.hosts import here
 
 CAUSES = ("rotated", "silenced", "flicker", "noisy")
 READ, GAINED, SILENT, FOLLOWED = 0.5, 0.2, 0.1, 0.9
@@ -51,7 +52,7 @@ def reading(
 def readers(survival: Survival, name: str, features: Int[np.ndarray, "n"]) -> Readers:
     """Which latent of a twin, if any, has taken over each of the features."""
     latents, correlations = np.full(len(features), -1), np.zeros(len(features))
-    encoder = np.asarray(survival.sae.encoder[...], np.float64)
+    encoder = np.asarray(here(survival.sae.encoder[...]), np.float64)
     for start in range(0, len(features), BLOCK):
         some = features[start : start + BLOCK]
         there, home = (reading(survival, run, some, encoder) for run in (name, survival.names[0]))

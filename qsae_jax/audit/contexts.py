@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from qsae_jax.acts.tokens import Windows, check_windows, in_order, windows_per_forward
 from qsae_jax.errors import Interrupted, UserError
+from qsae_jax.hosts import here
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import Point, activations, check_point, width_at
 from qsae_jax.lm.tokenizer import TextTokenizer
@@ -163,7 +164,7 @@ def followed(
     for ids, weight in in_order(windows, size) if len(features) else ():
         tokens, real = on_data(ids, mesh), int(weight.sum())
         seen = [values(sae, waited(activations(lm, (point,), tokens), stopped)[0], wanted) for lm in lms]
-        yield first, ids[:real], [z[:real] for z in jax.device_get(seen)]
+        yield first, ids[:real], [z[:real] for z in here(seen)]
         first += real
         if advance:
             advance(real * windows.seq)

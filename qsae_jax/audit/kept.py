@@ -6,7 +6,6 @@ bits.
 """
 
 import json
-import shutil
 import time
 import zlib
 from dataclasses import dataclass, field
@@ -22,7 +21,8 @@ from qsae_jax.audit.perplexity import Losses
 from qsae_jax.audit.sums import Shifts
 from qsae_jax.audit.survival import Survival
 from qsae_jax.errors import UserError
-from qsae_jax.files import SPOILT, read_json, staged_file, write_json
+from qsae_jax.files import SPOILT, drop, read_json, staged_file, write_json
+from qsae_jax.hosts import Agreement, here
 from qsae_jax.lm.tap import Point
 from qsae_jax.stats import Sums, Totals
 
@@ -64,7 +64,7 @@ class Kept:
 
     def __post_init__(self) -> None:
         self.begun: dict[str, Any] = {"about": json.loads(json.dumps(self.about)), "matches": {}, "groups": None}
-        self._saved, self._took = time.monotonic(), 0.0
+        self._saved, self._took, self._agreed = time.monotonic(), 0.0, Agreement(every=1)
         if self.folder and (self.folder / "begun.json").is_file():
             found = read_json(self.folder / "begun.json")
             if found.get("about") == self.begun["about"]:
@@ -81,7 +81,8 @@ class Kept:
     @property
     def due(self) -> bool:
         """A twentieth of the time is spent on keeping at most."""
-        return bool(self.folder) and time.monotonic() - self._saved > max(KEEP_EVERY_S, 20 * self._took)
+        late = time.monotonic() - self._saved > max(KEEP_EVERY_S, 20 * self._took)
+        return bool(self.folder) and self._agreed.any(late)
 
     def save(self, number: int, done: Pass) -> None:
         if not self.folder:
@@ -93,7 +94,7 @@ class Kept:
         for point, survival in done.survivals.items():
             if survival.shifts:
                 names += [(f"shifts at {point}", key) for key in Shifts._fields]
-                arrays += jax.device_get(list(survival.shifts))
+                arrays += here(list(survival.shifts))
         about = json.dumps({"first": done.first, "names": names, "weight_errors": done.weight_errors})
         with staged_file(self.folder / f"pass{number}.npz") as draft, draft.open("wb") as file:
             np.savez(file, np.array(about), *arrays)
@@ -120,7 +121,7 @@ class Kept:
     def forget(self) -> None:
         """Drop what is kept: the audit is done, or another."""
         if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            drop(self.folder)
 
 
 def fingerprint(tree: Any) -> str:

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from qsae_jax.hosts import here
 from qsae_jax.lm.loss import token_losses
 from qsae_jax.lm.model import LM
 from qsae_jax.stats import GROUPS, Grouped, Interval, Sums, bootstrap, group_of
@@ -35,7 +35,7 @@ class Losses:
     ) -> None:
         """A batch of windows, the first of which is `first`, each counted with its weight; of their s - 1 predicted
         tokens those that `scored` (1 or 0) names, without it all."""
-        found = jax.device_get(token_losses(lms, finals, tokens))
+        found = here(token_losses(lms, finals, tokens))
         at = group_of(first + np.arange(len(weight)), self.windows)
         w = weight.astype(np.float64)[:, None] * np.ones((1, tokens.shape[1] - 1))
         w = w if scored is None else w * scored

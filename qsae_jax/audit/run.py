@@ -20,6 +20,7 @@ from qsae_jax.audit.perplexity import Losses
 from qsae_jax.audit.result import Audit, Told, assemble, tell
 from qsae_jax.audit.survival import Survival
 from qsae_jax.errors import Interrupted, UserError
+from qsae_jax.hosts import here, least
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import FINAL, Point, activations, check_point, width_at
 from qsae_jax.mesh import free_bytes, make_mesh, on_data, return_freed
@@ -115,7 +116,7 @@ MOST = 8
 def at_once(lm: LM) -> int:
     """How many twins a pass holds: what half of the free memory has room for, were every weight a copy."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(lm))
-    return max(1, min(MOST, free_bytes() // (2 * size)))
+    return max(1, min(MOST, least(free_bytes()) // (2 * size)))
 
 
 def in_groups(schemes: Mapping[str, Scheme], size: int) -> list[dict[str, Scheme]]:
@@ -181,7 +182,7 @@ class _Work:
         for i, point in enumerate(self.elsewhere, start=len(run.survivals)):
             for name, totals in run.errors.items():
                 change = _error(seen["fp"][i], seen[name][i], weight, self.skip_first)
-                totals[point].add(**jax.device_get(change))
+                totals[point].add(**here(change))
         run.losses.add(list(twins.values()), [x[-1] for x in seen.values()], tokens, weight, run.first)
         run.first += int(weight.sum())
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from qsae_jax.audit.sums import Shifts, batch_sums, first_means
+from qsae_jax.hosts import here
 from qsae_jax.sae.measure import fvu
 from qsae_jax.sae.model import SAE
 from qsae_jax.stats import GROUPS, Grouped, Sums, Totals, group_of, pearson
@@ -61,13 +61,13 @@ class Survival:
         at = group_of(first + np.arange(len(weight)), self.windows)
         span = min(len(weight), (len(weight) - 1) * min(GROUPS, self.windows) // self.windows + 2)
         local = jnp.asarray(at - at[0], jnp.int32)
-        whole, grouped = jax.device_get(batch_sums(self.sae, runs, w, local, self.shifts, span))
+        whole, grouped = here(batch_sums(self.sae, runs, w, local, self.shifts, span))
         for name, sums, parts in zip(self.names, whole, grouped, strict=True):
             self.peaks[name] = np.maximum(self.peaks[name], sums.pop("peak"))
             self.totals[name].add(**sums, **{key: part.sum(0, dtype=np.float64) for key, part in parts.items()})
-            here = at[0] + np.arange(span)
-            inside = here < min(GROUPS, self.windows)
-            self.groups[name].add(here[inside], **{key: part[inside] for key, part in parts.items()})
+            place = at[0] + np.arange(span)
+            inside = place < min(GROUPS, self.windows)
+            self.groups[name].add(place[inside], **{key: part[inside] for key, part in parts.items()})
         self.groups[self.names[0]].add(at, n=weight.astype(np.float64) * runs[0].shape[1])
 
     @property

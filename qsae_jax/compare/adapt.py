@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 from scipy.linalg import cho_factor, cho_solve, eigh
 
 from qsae_jax.errors import UserError
+from qsae_jax.hosts import here
 from qsae_jax.products import einsum
 from qsae_jax.sae.model import SAE, recentred, with_sparsity
 from qsae_jax.sae.sparsity import Gated, JumpReLU, ReLU
@@ -57,8 +58,8 @@ class Moments:
 
     def pre(self, sae: SAE) -> tuple[Float[np.ndarray, "m"], Float[np.ndarray, "m"]]:
         """Mean and deviation of the pre-activations of an uncentred dictionary that reads this."""
-        rows = np.asarray(sae.encoder[...], np.float64)
-        bias = 0.0 if sae.b_enc is None else np.asarray(sae.b_enc[...], np.float64)
+        rows = np.asarray(here(sae.encoder[...]), np.float64)
+        bias = 0.0 if sae.b_enc is None else np.asarray(here(sae.b_enc[...]), np.float64)
         spread = np.sqrt(np.maximum(np.sum((rows @ self.cov) * rows, axis=1), 1e-12))
         return rows @ self.mean + bias, spread
 
@@ -67,14 +68,14 @@ def adapted(sae: SAE, home: Float[Array, "n d"], there: Float[Array, "n d"], ran
     """The dictionary under each of CLOSED, from the activations of the same tokens at home and in the twin."""
     check_enough(len(home), sae.d)
     base = recentred(sae, False)
-    x, y = (np.asarray(sae.normed(a), np.float64) for a in (home, there))
-    at_home, here = Moments.of(x), Moments.of(y)
-    reads, writes = _maps(y, x, here, at_home, rank), _maps(x, y, at_home, here, rank)
+    x, y = (np.asarray(here(sae.normed(a)), np.float64) for a in (home, there))
+    at_home, twin = Moments.of(x), Moments.of(y)
+    reads, writes = _maps(y, x, twin, at_home, rank), _maps(x, y, at_home, twin, rank)
     goal, none = jnp.asarray(y, jnp.float32), np.zeros((sae.d, sae.d))
-    shifted = _reading(base, at_home, here, none, none)
+    shifted = _reading(base, at_home, twin, none, none)
     found = {"biases": _levelled(shifted, goal), "gain": _gained(shifted, goal)}
     for name, B, C in zip(("lowrank", "affine"), reads, writes, strict=True):
-        found[name] = _gained(_reading(base, at_home, here, B, C), goal)
+        found[name] = _gained(_reading(base, at_home, twin, B, C), goal)
     return found
 
 
@@ -89,7 +90,7 @@ def check_enough(tokens: int, d: int) -> None:
 
 def kept(before: SAE, after: SAE) -> float:
     """The mean cosine of decoder rows with what they were."""
-    rows = [np.asarray(sae.W_dec[...], np.float64) for sae in (before, after)]
+    rows = [np.asarray(here(sae.W_dec[...]), np.float64) for sae in (before, after)]
     lengths = np.prod([np.linalg.norm(x, axis=1) for x in rows], axis=0)
     return float(np.mean(np.sum(rows[0] * rows[1], axis=1)[lengths > 0] / lengths[lengths > 0]))
 
@@ -107,22 +108,22 @@ def _maps(
     return full @ directions @ directions.T, full
 
 
-def _reading(base: SAE, home: Moments, here: Moments, B: Float[np.ndarray, "d d"], C: Float[np.ndarray, "d d"]) -> SAE:
+def _reading(base: SAE, home: Moments, twin: Moments, B: Float[np.ndarray, "d d"], C: Float[np.ndarray, "d d"]) -> SAE:
     """The dictionary that reads n' (I + B) + c, whose mean is that at home, with thresholds moved alike; and writes
     with rows D (I + C)."""
-    rows, D = (np.asarray(x[...], np.float64) for x in (base.encoder, base.W_dec))
-    c = home.mean - here.mean - here.mean @ B
+    rows, D = (np.asarray(here(x[...]), np.float64) for x in (base.encoder, base.W_dec))
+    c = home.mean - twin.mean - twin.mean @ B
     mapped = _with(base, W_enc=(rows + rows @ B.T).T, lift=rows @ c, rows=D + D @ C)
-    (mu, sigma), (mu_here, sigma_here) = home.pre(base), here.pre(mapped)
-    return _thresholded(mapped, mu_here + (_thresholds(base) - mu) * sigma_here / sigma)
+    (mu, sigma), (mu_twin, sigma_twin) = home.pre(base), twin.pre(mapped)
+    return _thresholded(mapped, mu_twin + (_thresholds(base) - mu) * sigma_twin / sigma)
 
 
 def _thresholds(sae: SAE) -> Float[np.ndarray, "m"]:
     """Above which pre-activation each latent fires. TopK has no such number: 0."""
     s = sae.sparsity
     if isinstance(s, JumpReLU):
-        return np.asarray(s.threshold[...], np.float64)
-    return -np.asarray(s.b_gate[...], np.float64) if isinstance(s, Gated) else np.zeros(sae.latents)
+        return np.asarray(here(s.threshold[...]), np.float64)
+    return -np.asarray(here(s.b_gate[...]), np.float64) if isinstance(s, Gated) else np.zeros(sae.latents)
 
 
 def _thresholded(sae: SAE, at: Float[np.ndarray, "m"]) -> SAE:
@@ -130,7 +131,7 @@ def _thresholded(sae: SAE, at: Float[np.ndarray, "m"]) -> SAE:
     moves instead; TopK stays as it is."""
     s = sae.sparsity
     if isinstance(s, JumpReLU):
-        own = np.asarray(s.threshold[...])
+        own = np.asarray(here(s.threshold[...]))
         moved = np.where(np.isfinite(own), np.maximum(at, 0), np.inf)  # infinity never fires, and stays
         return with_sparsity(sae, JumpReLU(jnp.asarray(moved, jnp.float32), s.bandwidth))
     if isinstance(s, Gated):
@@ -174,7 +175,7 @@ def _all(sae: SAE, n: Float[Array, "n d"], gram: bool) -> dict[str, np.ndarray]:
     total = parts[0]
     for part in parts[1:]:
         total = jax.tree.map(jnp.add, total, part)
-    return {key: np.asarray(value, np.float64) for key, value in total.items()}
+    return {key: np.asarray(value, np.float64) for key, value in here(total).items()}
 
 
 def _levelled(sae: SAE, n: Float[Array, "n d"]) -> SAE:
@@ -189,7 +190,7 @@ def _gained(sae: SAE, n: Float[Array, "n d"]) -> SAE:
         return _levelled(sae, n)
     sums = _all(sae, n, gram=True)
     fired = np.flatnonzero(sums["fired"] > 0)
-    rows = np.asarray(sae.W_dec[...], np.float64)
+    rows = np.asarray(here(sae.W_dec[...]), np.float64)
     D, z, count = rows[fired], sums["z"][fired] / len(n), sums["fired"][fired]
     error = sums["error"] / len(n)
     power = np.diag(sums["zz"])[fired] * np.sum(D**2, axis=1)
@@ -215,8 +216,8 @@ def nonsense(sae: SAE, home: Float[Array, "n d"], seed: int = 0) -> SAE:
     """A random dictionary of the same kind whose latents fire as often on these activations: each threshold is the
     quantile of its pre-activations that leaves the dictionary's own rate above it."""
     drawn = recentred(rows_like(sae, jax.random.key(seed)), False)
-    rates = np.mean([np.asarray(sae.encode(home[i : i + ROWS]) > 0).mean(0) for i in _whole(home)], axis=0)
-    pre = np.concatenate([np.asarray(drawn.pre(home[i : i + ROWS])) for i in _whole(home)])
+    rates = np.mean([np.asarray(here(sae.encode(home[i : i + ROWS])) > 0).mean(0) for i in _whole(home)], axis=0)
+    pre = np.concatenate([np.asarray(here(drawn.pre(home[i : i + ROWS]))) for i in _whole(home)])
     at = np.array([np.quantile(column, 1 - rate) for column, rate in zip(pre.T, rates, strict=True)])
     return _thresholded(drawn, at)
 

@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from qsae_jax.compare.match import SAME, Nearest, cosine_blocks, nearest, unit
+from qsae_jax.hosts import here
 from qsae_jax.sae.model import SAE
 
 
@@ -60,7 +61,7 @@ def fates(one: SAE, other: SAE, alive_one: Bool[np.ndarray, "m"], alive_other: B
     """What became of the latents of `one` that fire, in `other`. Memory grows with the latents, not with their pairs:
     the nearest of each, both ways, is all that the definitions need."""
     mine, theirs = np.flatnonzero(alive_one), np.flatnonzero(alive_other)
-    near = _nearest(*(unit(np.asarray(s.W_dec[...])[at]) for s, at in ((one, mine), (other, theirs))))
+    near = _nearest(*(unit(np.asarray(here(s.W_dec[...]))[at]) for s, at in ((one, mine), (other, theirs))))
     lost, split, kept, parts = _sorted_out(near.best, near.back, near.best_back)
     new, merged, carried, sources = _sorted_out(near.best_back, near.there, near.best)
     return Fates(

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from qsae_jax.acts.tokens import Windows, counted_rows, in_order, windows_per_forward
 from qsae_jax.errors import Interrupted
+from qsae_jax.hosts import here
 from qsae_jax.lm.loss import token_losses
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import FINAL, Point, activations, resume
@@ -66,7 +67,7 @@ def mean_of(
     total, n = 0.0, 0
     for ids, weight in in_order(windows, windows_per_forward(batch, windows, mesh)):
         (x,) = activations(lm, (point,), on_data(ids, mesh))
-        total += np.asarray(_summed(x, jnp.asarray(weight, jnp.float32), skip_first), np.float64)
+        total += np.asarray(here(_summed(x, jnp.asarray(weight, jnp.float32), skip_first)), np.float64)
         n += int(weight.sum()) * (windows.seq - skip_first)
     return jnp.asarray(total / n, jnp.float32)
 
@@ -109,14 +110,14 @@ def judge(
             if stopped():
                 raise Interrupted("comparison stopped; nothing is written, the same command begins it again")
         losses = _losses(lm, clean, finals, tokens)
-        shared = jax.device_get(spread(x, skip, mean.reshape(-1))) | {"clean": losses["clean"][0]}
+        shared = here(spread(x, skip, mean.reshape(-1))) | {"clean": losses["clean"][0]}
         shared |= {"predicted": np.full(len(ids), windows.seq - 1.0)}
         for name in ("zero", "mean"):
             shared |= {name: losses[name][0], f"kl_{name}": losses[name][1]}
         real = int(weight.sum())
         groups = group_of(seen + np.arange(real), len(windows))
         for name in dictionaries:
-            sums = shared | jax.device_get(own[name])
+            sums = shared | here(own[name])
             sums |= {"spliced": losses[name][0], "kl_spliced": losses[name][1]}
             judged[name].add(groups, **{key: value[:real] for key, value in sums.items()})
         seen += real
@@ -142,9 +143,7 @@ def _losses(
     names, found = list(finals), {}
     for start in range(0, len(names), AT_ONCE):
         some = names[start : start + AT_ONCE]
-        nll, kl, _ = jax.device_get(
-            token_losses([lm] * (1 + len(some)), [clean, *(finals[name] for name in some)], tokens)
-        )
+        nll, kl, _ = here(token_losses([lm] * (1 + len(some)), [clean, *(finals[name] for name in some)], tokens))
         for name, *both in zip(["clean", *some], nll, kl, strict=True):
             found[name] = tuple(one.sum(1, dtype=np.float64) for one in both)
     return found
@@ -168,11 +167,11 @@ def reconstruct(
     for ids, weight in in_order(windows, windows_per_forward(batch, windows, mesh)):
         (x,) = activations(lm, (point,), on_data(ids, mesh))
         shift = jnp.mean(counted_rows(x, skip_first).astype(jnp.float32), axis=0) if shift is None else shift
-        shared = jax.device_get(spread(x, skip, shift))
+        shared = here(spread(x, skip, shift))
         real = int(weight.sum())
         groups = group_of(seen + np.arange(real), len(windows))
         for name, sae in dictionaries.items():
-            sums = shared | jax.device_get(splice(sae, x, skip)[1])
+            sums = shared | here(splice(sae, x, skip)[1])
             judged[name].add(groups, **{key: value[:real] for key, value in sums.items()})
             if stopped():
                 raise Interrupted("comparison stopped; nothing is written, the same command begins it again")

@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 
+from qsae_jax.hosts import here
 from qsae_jax.mesh import in_chunks
 from qsae_jax.products import einsum
 from qsae_jax.sae.model import SAE
@@ -79,10 +80,10 @@ def match(
     """The figures of directions over the latents of `one` that fire, against those of `other` that fire."""
     if not alive_one.any() or not alive_other.any():
         return dict.fromkeys(("mmcs", *CUTS, "assigned"), 0.0)
-    decoders = [unit(np.asarray(s.W_dec[...])[a]) for s, a in ((one, alive_one), (other, alive_other))]
+    decoders = [unit(np.asarray(here(s.W_dec[...]))[a]) for s, a in ((one, alive_one), (other, alive_other))]
     if max(map(len, decoders)) > ASSIGNABLE:
         return _neighbours(nearest(cosine_blocks(*decoders))) | {"assigned": float("nan")}
-    encoders = [unit(np.asarray(s.encoder[...])[a]) for s, a in ((one, alive_one), (other, alive_other))]
+    encoders = [unit(np.asarray(here(s.encoder[...]))[a]) for s, a in ((one, alive_one), (other, alive_other))]
     return matched(decoders[0] @ decoders[1].T, encoders[0] @ encoders[1].T)
 
 
@@ -150,7 +151,7 @@ class Together:
         if not self.about:
             self.about = tuple(_about(sae, x, weight) for sae, x in zip(saes, xs, strict=True))
             self.cross = np.zeros(shape)
-        sums = jax.device_get(_sums(saes, xs, weight, self.about))
+        sums = here(_sums(saes, xs, weight, self.about))
         self.cross += sums.pop("cross")
         self.totals.add(n=weight.sum(dtype=np.float64) * x_one.shape[1], **sums)
 

@@ -32,6 +32,7 @@ from threadpoolctl import threadpool_limits
 
 from qsae_jax.acts.tokens import Windows, counted_rows, in_order, windows_per_forward
 from qsae_jax.errors import Interrupted
+from qsae_jax.hosts import here
 from qsae_jax.lm.model import LM
 from qsae_jax.lm.tap import Point, activations
 from qsae_jax.lm.tokenizer import TextTokenizer
@@ -111,7 +112,7 @@ def probe(
     z = {name: np.empty((*marks.shape[:2], latents.size), np.float32) for name, latents in best.items()}
     for at, rows in _passed(counted, windows, size, advance):
         for name, sae in dictionaries.items():
-            found = jax.device_get(gathered(sae, rows, best[name].reshape(-1)))
+            found = here(gathered(sae, rows, best[name].reshape(-1)))
             z[name][at] = found.reshape(size, marks.shape[1], -1)[: at.stop - at.start]
     judged = {}
     for name in dictionaries:
@@ -153,7 +154,7 @@ def _best(
         now = np.zeros((size, *weights.shape[1:]), np.float32)
         now[: at.stop - at.start] = weights[at]
         for name, sae in dictionaries.items():
-            totals[name].add(**jax.device_get(moments(sae, rows, now.reshape(-1, now.shape[-1]))))
+            totals[name].add(**here(moments(sae, rows, now.reshape(-1, now.shape[-1]))))
     n = weights.sum(axis=(0, 1)).astype(np.float64)
     return {name: np.argsort(-scores(t["z"], t["zz"], n), kind="stable")[:, :k] for name, t in totals.items()}
 

@@ -19,8 +19,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from qsae_jax.errors import UserError
+from qsae_jax.hosts import here
 from qsae_jax.lm.layers import Linear
 from qsae_jax.lm.model import LM
+from qsae_jax.mesh import put
 from qsae_jax.quant.codebook import Lookup
 from qsae_jax.quant.control import Matched
 from qsae_jax.quant.ggml import Ggml, kept_as
@@ -76,8 +78,8 @@ def _round_leaf(path: str, leaf: nnx.Variable, how: How) -> tuple[nnx.Variable, 
     w, n_in = leaf.get_value(), leaf.get_metadata().get("n_in", 0)
     at = None if isinstance(w, Tracer) else w.sharding
     if isinstance(at, NamedSharding) and at.mesh.size > 1:
-        made, finite = _rounded(jax.device_put(w, NamedSharding(at.mesh, PartitionSpec())), how, n_in, path)
-        return leaf.replace(jax.device_put(made, at)), finite
+        made, finite = _rounded(put(w, NamedSharding(at.mesh, PartitionSpec())), how, n_in, path)
+        return leaf.replace(put(made, at)), finite
     made, finite = _rounded(w, how, n_in, path)
     return leaf.replace(made), finite
 
@@ -144,7 +146,7 @@ def _fitting(leaves: dict[str, nnx.Variable], scheme: Scheme) -> dict[str, How]:
 def _check_finite(flags: dict[str, Array]) -> None:
     """Refuse infinities and NaN, which would spread over their group. Under a trace there is nothing to look at."""
     flags = {path: flag for path, flag in flags.items() if not isinstance(flag, Tracer)}
-    if bad := [path for path, flag in jax.device_get(flags).items() if not flag]:
+    if bad := [path for path, flag in here(flags).items() if not flag]:
         raise UserError(
             f"weight `{bad[0]}` holds infinities or NaN, or numbers too large, {len(bad)} do: mend the files"
         )
@@ -190,7 +192,7 @@ def weight_errors(lm: LM, twin: LM) -> dict[str, float]:
     were touched; and of all of these together under `all`."""
     after = weights(twin)
     pairs = {path: (a.get_value(), after[path].get_value()) for path, a in weights(lm).items()}
-    sums = jax.device_get({path: _norms(a, b) for path, (a, b) in pairs.items() if path not in OUTSIDE or a is not b})
+    sums = here({path: _norms(a, b) for path, (a, b) in pairs.items() if path not in OUTSIDE or a is not b})
     errors = {path: float(e / w) ** 0.5 if w else 0.0 for path, (e, w) in sums.items()}
     total = sum(float(w) for _, w in sums.values())
     return errors | {"all": (sum(float(e) for e, _ in sums.values()) / total) ** 0.5 if total else 0.0}

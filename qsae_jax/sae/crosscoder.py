@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from qsae_jax.hosts import here
 from qsae_jax.products import matmul
 from qsae_jax.sae.model import SAE
 
@@ -75,8 +76,8 @@ def told_apart(sae: SAE, batches: Iterable[Float[Array, "b d"]], names: Sequence
     fired = jax.jit(lambda sae, x: jnp.sum(sae.encode(x) > 0, axis=0))
     sums, counts, n = Scaling.empty(sae, len(names)), np.zeros(sae.latents), 0
     for x in batches:
-        sums, counts, n = add(sae, sums, x), counts + np.asarray(fired(sae, x)), n + len(x)
-    norms, betas = np.asarray(relative_norms(sae, len(names))), np.asarray(sums.betas(sae))
+        sums, counts, n = add(sae, sums, x), counts + np.asarray(here(fired(sae, x))), n + len(x)
+    norms, betas = (np.asarray(here(x)) for x in (relative_norms(sae, len(names)), sums.betas(sae)))
     columns = {"feature": np.arange(sae.latents), "firing_rate": counts / max(n, 1)}
     columns |= {f"relative_norm {name}": norms[i] for i, name in enumerate(names)}
     return columns | {f"beta {name}": betas[i] for i, name in enumerate(names)}

@@ -4,7 +4,6 @@ The states are kept every minute and when the work is stopped; the same call goe
 """
 
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -19,7 +18,8 @@ from jaxtyping import Array, Float
 from qsae_jax.acts.stream import ActivationStream
 from qsae_jax.config import LARGEST, as_tables
 from qsae_jax.errors import Interrupted, UserError
-from qsae_jax.files import make_folder, read_json, write_json
+from qsae_jax.files import drop, make_folder, read_json, write_json
+from qsae_jax.hosts import Agreement
 from qsae_jax.progress import progress, stop_signal
 from qsae_jax.sae.levels import edges
 from qsae_jax.sae.log import Logs, check_kinds
@@ -117,8 +117,7 @@ def _steps(job: Job, tokens: int, batch: int) -> int:
 
 def forget_steps(folder: Path) -> None:
     """Drop the kept states of a finished training."""
-    shutil.rmtree(folder / "steps", ignore_errors=True)
-    (folder / SETTINGS).unlink(missing_ok=True)
+    drop(folder / "steps", folder / SETTINGS)
 
 
 def _settings(stream: ActivationStream, jobs: Mapping[str, Job], config: SAEConfig, tokens: int) -> dict[str, Any]:
@@ -141,10 +140,7 @@ def _same(settings: dict[str, Any], folder: Path) -> None:
 
 def _forget_logs(folder: Path, jobs: Mapping[str, Job]) -> None:
     """Logs of an earlier training in this folder would be told beside this one's."""
-    for path in folder.glob("*.jsonl"):
-        if path.stem not in jobs:
-            path.unlink()
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    drop(*(path for path in folder.glob("*.jsonl") if path.stem not in jobs), folder / "tensorboard")
 
 
 def _begin(
@@ -182,6 +178,8 @@ def _check_fits(config: SAEConfig, latents: int, batch: int, transcodes: bool) -
         raise UserError(f"sae.k {config.k_most:g} is more than the {latents} latents: lower it")
     if config.sparsity in ("batchtopk", "matryoshka") and batch * latents > LARGEST:
         raise UserError(f"train.batch {batch} times {latents} latents is more than 32 bits count: lower train.batch")
+    if batch % config.accumulate:
+        raise UserError(f"train.batch {batch} is not divided by sae.accumulate {config.accumulate}: change one of them")
     ends = edges(config, latents)
     if any(one >= next_one for one, next_one in zip([0, *ends], ends, strict=False)):
         raise UserError(f"sae.groups of {latents} latents end at {ends}: give shares of at least one latent each")
@@ -207,6 +205,7 @@ class _Work:
 
     def done(self, states: dict[str, TrainState], logs: Logs) -> dict[str, TrainState]:
         stream, batch = self.stream, self.stream.batch
+        due = Agreement()
         at, last, most, took = (stream.taken - self.after) // batch, time.monotonic(), max(self.steps.values()), 0.0
         with progress(_title(self.jobs), most * batch) as advance, stop_signal() as stopped:
             advance(at * batch)
@@ -217,13 +216,14 @@ class _Work:
                     logs.take(done * batch, metrics, (done - at) * batch / (time.monotonic() - began))
                 advance(batch, **logs.shown)
                 # Many dictionaries take long to keep: a twentieth of the time is spent on it at most.
-                if stopped() or (time.monotonic() - last > max(KEEP_EVERY_S, 20 * took) and done < most):
+                halt, late = stopped(), time.monotonic() - last > max(KEEP_EVERY_S, 20 * took)
+                if halt or (due.any(late) and done < most):
                     logs.flush()
                     before = time.monotonic()
                     self.kept.save(done, states, {"taken": float(stream.taken)})
                     last = time.monotonic()
                     took = last - before
-                if stopped():
+                if halt:
                     raise Interrupted(f"stopped after {done} of {most} steps, which are kept: the same command goes on")
             logs.flush()
         return states

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from qsae_jax.errors import UserError, nearest
+from qsae_jax.hosts import first, here
 from qsae_jax.sae.train import Metrics
 
 KINDS = ("tensorboard", "wandb")
@@ -98,7 +98,7 @@ class Logs:
         more = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
         self._writers: dict[str, list[Writer]] = {
             name: [JsonLines(folder / f"{name}.jsonl", tokens), *(more[kind](folder, name, tokens) for kind in kinds)]
-            for name in names
+            for name in (names if first() else ())
         }
         self._waiting: tuple[int, dict[str, Metrics], float] | None = None
         self.shown: dict[str, float] = {}
@@ -113,11 +113,11 @@ class Logs:
         if self._waiting is None:
             return
         (tokens, metrics, speed), self._waiting = self._waiting, None
-        got = {name: _plain(one) for name, one in jax.device_get(metrics).items()}
+        got = {name: _plain(one) for name, one in here(metrics).items()}
         for name, figures in got.items():
             if not np.isfinite(figures["fvu"]):
                 raise UserError(f"the training of {name} diverged: delete `{self._folder}` and lower sae.lr")
-            for writer in self._writers[name]:
+            for writer in self._writers.get(name, ()):
                 writer.write(tokens, figures | {"tokens_per_s": round(speed, 1)})
         means = {key: sum(one[key] for one in got.values()) / len(got) for key in ("l0", "dead")}
         each = {f"fvu {name}": one["fvu"] for name, one in got.items()} if len(got) <= MANY else {}

@@ -4,6 +4,7 @@ Sums in float32 on normalised activations; the terms and their sources are in lo
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from qsae_jax.mesh import from_chunks, in_chunks
 from qsae_jax.products import Product, in_bfloat16, matmul
 from qsae_jax.sae import loss
 from qsae_jax.sae.levels import MakesLevels, levels_of_list
@@ -56,6 +58,37 @@ def make_objective(config: SAEConfig, levels: MakesLevels = levels_of_list, twin
     if config.selects:
         return partial(_selecting, config, product, levels)
     return partial(dense[config.sparsity], config, product, twins)
+
+
+def gradients(
+    config: SAEConfig, levels: MakesLevels = levels_of_list, twins: int = 1
+) -> Callable[[SAE, Array, Array, Now], tuple[Seen, SAE]]:
+    """What the objective of a batch sees, and its gradients. Where they are accumulated, the batch goes through in
+    parts: means over tokens stay what they were; a choice among all codes of a batch (BatchTopK), AuxK's normalisation
+    and `penalty="target"` are then each part's own."""
+    objective = make_objective(replace(config, aux=0.0), levels, twins)
+
+    def loss_of(sae: SAE, x: Array, y: Array, now: Now) -> tuple[Array, Seen]:
+        seen = objective(sae, x, y, now)
+        return seen.loss, seen
+
+    def of_part(sae: SAE, x: Array, y: Array, now: Now) -> tuple[Seen, SAE]:
+        (_, seen), grads = jax.value_and_grad(loss_of, has_aux=True)(sae, x, y, now)
+        return with_auxk(config, sae, x, now, seen, grads) if config.selects and config.aux else (seen, grads)
+
+    def of_batch(sae: SAE, x: Array, y: Array, now: Now) -> tuple[Seen, SAE]:
+        n = config.accumulate
+
+        def add(total: SAE, rows: tuple[Array, Array]) -> tuple[SAE, Seen]:
+            seen, grads = of_part(sae, *rows, now)
+            return jax.tree.map(lambda one, other: one + other / n, total, grads), seen
+
+        parts = in_chunks(x, len(x) // n), in_chunks(y, len(y) // n)
+        grads, seen = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, sae), parts)
+        loss, terms = jax.tree.map(jnp.mean, (seen.loss, seen.parts))
+        return Seen(loss, from_chunks(seen.error), seen.fired.sum(0), seen.least.min(0), terms), grads
+
+    return of_part if config.accumulate == 1 else of_batch
 
 
 def with_auxk(config: SAEConfig, sae: SAE, x: Array, now: Now, seen: Seen, grads: SAE) -> tuple[Seen, SAE]:

@@ -86,6 +86,9 @@ class SAEConfig:
     ema: float = 0.0
     """Decay of the average of weights that is kept as the result; 0 keeps the last weights. Thresholds of BatchTopK are
     still those of the last weights."""
+    accumulate: int = 1
+    """Parts of a batch that go through one after the other, their gradients added up before a step: for batches whose
+    codes do not fit in memory at once."""
     skip: bool = False
     """A linear map past the codes (transcoders)."""
     bf16: bool = False
@@ -101,7 +104,7 @@ class SAEConfig:
         check_at_least(self, "sae.", expansion=0, k=1, k_first=0, l1=0, l0=0, p_steps=1, target_l0=0.1, tanh_scale=0,
                        pre_act=0, threshold=0, threshold_lr=0, lr=0, beta1=0, beta2=0, warmup=0, decay=0, p_from=0,
                        sparsity_warmup=0, clip=0, max_norm=0, aux=0, k_aux=0, dead_after=1, resample=0,
-                       ema=0)  # fmt: skip
+                       ema=0, accumulate=1)  # fmt: skip
         for name in ("p_end", "bandwidth", "expansion"):
             if getattr(self, name) <= 0:
                 raise UserError(f"key `sae.{name}` is {getattr(self, name)}: give a number above 0")

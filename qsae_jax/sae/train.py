@@ -20,7 +20,7 @@ from qsae_jax.errors import UserError
 from qsae_jax.mesh import born, kept, place
 from qsae_jax.sae.levels import levels_for
 from qsae_jax.sae.model import SAE, folded_norms, init_sae, recentred, unscaled, with_sparsity
-from qsae_jax.sae.objective import Now, Seen, make_objective, with_auxk
+from qsae_jax.sae.objective import Now, Seen, gradients
 from qsae_jax.sae.optimize import averaged, exponent, moved, optimizer, sparsity_rise, unit_decoder
 from qsae_jax.sae.resample import resampled
 from qsae_jax.sae.scale import geometric_median, scale_of, scaled
@@ -153,12 +153,8 @@ def _from_before(sae: SAE, config: SAEConfig, scale: Array, scale_out: Array, me
 def make_step(config: SAEConfig, steps: int, mesh: Mesh, twins: int = 1) -> Step:
     """The jitted step `(state, activations [b, d], targets) -> (state, metrics)`; the state given is consumed. Targets
     are left out where the dictionary reconstructs what it reads."""
-    objective = make_objective(replace(config, aux=0.0), levels_for(mesh), twins)
+    seen_and_gradients = gradients(config, levels_for(mesh), twins)
     tx = optimizer(config, steps)
-
-    def loss(sae: SAE, x: Array, y: Array, now: Now) -> tuple[Array, Seen]:
-        seen = objective(sae, x, y, now)
-        return seen.loss, seen
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, x: Array, y: Array | None = None) -> tuple[TrainState, Metrics]:
@@ -171,9 +167,7 @@ def make_step(config: SAEConfig, steps: int, mesh: Mesh, twins: int = 1) -> Step
         dead = state.silent >= config.dead_after
         p, made = exponent(config, steps, state.step)
         now = Now(dead, sparsity_rise(config, steps, state.step), p, state.weight)
-        (_, seen), grads = jax.value_and_grad(loss, has_aux=True)(state.sae, x, y, now)
-        if config.selects and config.aux:
-            seen, grads = with_auxk(config, state.sae, x, now, seen, grads)
+        seen, grads = seen_and_gradients(state.sae, x, y, now)
         sae, opt = moved(config, tx, state.sae, grads, state.opt)
         silent = jnp.where(seen.fired > 0, 0, jnp.minimum(state.silent + len(x), LONG))
         if config.resample:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qsae_jax.errors import UserError, nearest
+from qsae_jax.hosts import here
 from qsae_jax.sae.model import SAE, Norm
 from qsae_jax.sae.sparsity import Gated, JumpReLU, Sparsity, TopK
 
@@ -158,7 +159,7 @@ def arrays_of(sae: SAE) -> Arrays:
         found["threshold"] = sae.sparsity.threshold[...]
     if isinstance(sae.sparsity, Gated):
         found |= {name: getattr(sae.sparsity, name)[...] for name in ("b_gate", "b_mag", "r_mag")}
-    return {name: np.ascontiguousarray(np.asarray(value, np.float32)) for name, value in found.items()}
+    return {name: np.ascontiguousarray(np.asarray(value, np.float32)) for name, value in here(found).items()}
 
 
 def refuse_to_write(sae: SAE, owner: str, *, skip: bool = False, norm: bool = False, transcodes: bool = False) -> None:
