@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qsae_jax"
 
 FLOORS = [
-    ["config", "devices", "errors", "files", "hub", "mesh", "products", "store", "stats", "progress"],
+    ["config", "devices", "errors", "files", "hosts", "hub", "mesh", "pages", "products", "store", "stats", "progress"],
     ["lm"],
     ["quant"],
     ["acts"],
