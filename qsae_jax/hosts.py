@@ -5,6 +5,7 @@ the others wait; what each sees for itself (a signal, a clock, free memory) is a
 folder of results must be one that all of them see.
 """
 
+import importlib
 import os
 import re
 from collections.abc import Mapping
@@ -16,6 +17,15 @@ from qsae_jax.errors import UserError
 EVERY = 8
 """Questions between two agreements: an agreement waits for every process."""
 _known = {"count": 1, "number": 0}
+
+
+def _jax() -> Any:
+    """Only where it is needed: who writes a report does without JAX."""
+    return importlib.import_module("jax")
+
+
+def _multihost() -> Any:
+    return importlib.import_module("jax.experimental.multihost_utils")
 
 
 def many() -> bool:
@@ -41,7 +51,7 @@ def begin(asked: str) -> None:
     one, as JAX finds out from it. Before any device is touched."""
     if not asked and not launched(os.environ):
         return
-    import jax
+    jax = _jax()
 
     how: dict[str, Any] = {}
     if asked not in ("", "auto"):
@@ -65,14 +75,12 @@ def begin(asked: str) -> None:
 def wait(for_what: str = "a file") -> None:
     """Go on when all processes are here."""
     if many():
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(for_what)
+        _multihost().sync_global_devices(for_what)
 
 
 def here(tree: Any) -> Any:
     """The arrays of a tree as NumPy's, on every process the whole of them."""
-    import jax
+    jax = _jax()
 
     if not many():
         return jax.device_get(tree)
@@ -80,12 +88,11 @@ def here(tree: Any) -> Any:
 
 
 def _whole(leaf: Any) -> Any:
-    import jax
-    from jax.experimental import multihost_utils
+    jax = _jax()
 
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
         return jax.device_get(leaf)
-    return multihost_utils.process_allgather(leaf, tiled=True)
+    return _multihost().process_allgather(leaf, tiled=True)
 
 
 def least(number: int) -> int:
@@ -109,6 +116,5 @@ class Agreement:
 
 def _every(value: Any) -> Any:
     import numpy as np
-    from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(np.asarray(value))
+    return _multihost().process_allgather(np.asarray(value))
