@@ -165,12 +165,12 @@ def _begin(
                 f"the dictionary to go on from reads and writes widths {has}, the activations have {widths[0]} and "
                 f"{widths[1]}: take the points that it was trained on"
             )
-        _check_fits(how, latents, stream.batch, y is not None)
+        check_fits(how, latents, stream.batch, y is not None)
         states[name] = start(how, x, latents, steps[name], job.seed, stream.mesh, y, initial.get(name))
     return states
 
 
-def _check_fits(config: SAEConfig, latents: int, batch: int, transcodes: bool) -> None:
+def check_fits(config: SAEConfig, latents: int, batch: int, transcodes: bool) -> None:
     """Refuse what could not be trained, or not be saved."""
     if latents > LARGEST or batch * latents > LARGEST * 64:
         raise UserError(f"sae.expansion {config.expansion:g} gives {latents} latents, more than are counted: lower it")

@@ -189,7 +189,8 @@ def folded_norms(sae: SAE) -> SAE:
 def with_sparsity(sae: SAE, sparsity: Sparsity) -> SAE:
     """The same weights with other codes."""
     new = jax.tree.map(lambda x: x, sae)
-    new.sparsity = nnx.data(sparsity) if isinstance(sparsity, nnx.Module) else sparsity
+    # An attribute stays what it first was, data or static, unless it is told: a JumpReLU's place holds arrays.
+    new.sparsity = nnx.data(sparsity) if isinstance(sparsity, nnx.Module) else nnx.static(sparsity)
     return new
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from qsae_jax.errors import UserError
 from qsae_jax.mesh import place
-from qsae_jax.sae.model import check_width, init_sae
-from qsae_jax.sae.sparsity import ReLU, TopK
+from qsae_jax.sae.model import check_width, init_sae, with_sparsity
+from qsae_jax.sae.sparsity import BatchTopK, JumpReLU, ReLU, TopK
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -74,3 +74,17 @@ def test_a_dictionary_of_another_width_is_refused(make_sae):
     check_width(make_sae(ReLU()), 8, "blocks.0.resid_post")
     with pytest.raises(UserError, match=r"width 8.*blocks\.0\.resid_post.*width 9"):
         check_width(make_sae(ReLU()), 9, "blocks.0.resid_post")
+
+
+def test_other_codes_leave_arrays_and_settings_apart():
+    """From thresholds, which are arrays, to a number of codes, which is none, and back: jitted either way. Control: a
+    number put where thresholds were is taken for an array."""
+    sae = init_sae(ReLU(), 24, 8, jnp.zeros(8), jax.random.key(3))
+    jumping = with_sparsity(sae, JumpReLU(jnp.ones(24)))
+    chosen = with_sparsity(jumping, BatchTopK(3.0))
+    again = with_sparsity(chosen, JumpReLU(jnp.ones(24)))
+    assert [len(jax.tree.leaves(one)) for one in (sae, jumping, chosen, again)] == [4, 5, 4, 5]
+    x = jnp.ones((5, 8))
+    assert np.array_equal(jax.jit(lambda sae: sae(x))(again), jumping(x))
+    jumping.sparsity = BatchTopK(3.0)
+    assert any(isinstance(leaf, BatchTopK) for leaf in jax.tree.leaves(jumping))

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from qsae_jax.errors import UserError
 from qsae_jax.sae.formats import load_sae, load_stored, save_sae
-from qsae_jax.sae.sparsity import ReLU, TopK
+from qsae_jax.sae.sparsity import ReLU, TopK, across
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums of 8 and 24 products
@@ -87,6 +87,7 @@ def test_saved_and_loaded_again(tmp_path, make_sae, params, mesh, sparsity, cent
     save_sae(sae, tmp_path / "a", {"quantization": "int4-g128", "seed": 3})
     stored = load_stored(tmp_path / "a", mesh(2, 4))
     assert {s.data.shape for s in stored.sae.W_enc[...].addressable_shards} == {(8, 6)}
+    sparsity = across(sparsity, sae.latents, mesh(2, 4))
     assert (stored.sae.sparsity, stored.sae.centred) == (sparsity, centred)
     assert {"quantization": "int4-g128", "seed": 3}.items() <= stored.metadata.items()
     save_sae(stored.sae, tmp_path / "b", stored.metadata)
