@@ -18,7 +18,7 @@ from qsae_jax.files import read_features
 STUDY = """
 model = "{folder}/model"
 point = "blocks.1.resid_post"
-schemes = ["int8", "int2", "noise~int4"]
+schemes = ["int8", "int2"]
 errors_at = ["blocks.2.resid_post"]
 compare = "int2"
 mesh = "2x4"
@@ -32,12 +32,11 @@ sparsity = "batchtopk"
 k = 4
 expansion = 2
 [train]
-tokens = 3200
+tokens = 1280
 batch = 32
 [arms]
 adapt = 320
 finetune = 320
-budgets = [160]
 [contexts]
 features = 3
 [act]
@@ -101,7 +100,7 @@ def test_two_processes_give_the_numbers_of_one(study, tmp_path):
             np.testing.assert_allclose(one[key], other[key], rtol=1e-4, atol=1e-5, err_msg=f"{name} {key}")
     one, other = (json.loads((out / "audit.json").read_text()) for out in (alone, both))
     for key in ("ppl", "kl", "mean_r", "fvu", "activation_rel_mse"):
-        mine, theirs = ([row[key] for row in facts["rows"][:2]] for facts in (one, other))
+        mine, theirs = ([row[key] for row in facts["rows"]] for facts in (one, other))
         np.testing.assert_allclose(mine, theirs, rtol=2e-3, atol=2e-4, err_msg=key)
     tables = [read_features(out / "features.parquet")["int2"]["r"] for out in (alone, both)]
     np.testing.assert_allclose(*tables, atol=1e-4)
