@@ -1,7 +1,8 @@
 """A study: tokens, dictionaries, audit, comparison and report, in order, each stage reused when it is already done.
 
 A stage is done when its files are there and were made under the same settings: `run.json` keeps, for each stage, a
-key of everything that the stage depends on.
+key of everything that the stage depends on. The mesh is not among it: on another one the numbers are the same to
+rounding, and what was begun on one goes on on another.
 """
 
 import hashlib
@@ -90,7 +91,6 @@ class Stages:
             s.compared,
             t.skip_first,
             t.audit,
-            s.mesh,
         ]
         learnt = [*training, [[name, as_tables(job)] for name, job in self.jobs.items()]]
         self._stage("tokens", tokens, ["tokens.npy", "tokens.json"], self._tokens)
@@ -166,7 +166,8 @@ class Stages:
         write_json(self.out / "run.json", self.record)
         began = time.monotonic()
         work()
-        done[name] = {"name": name, "seconds": round(time.monotonic() - began, 1), "key": key}
+        done[name] = {"name": name, "seconds": round(time.monotonic() - began, 1), "key": key,
+                      "mesh": self.study.mesh}  # fmt: skip
         self.record["stages"] = list(done.values())
         write_json(self.out / "run.json", self.record)
 

@@ -311,6 +311,8 @@ def test_a_study_is_reused_and_redone_where_it_changed(inputs, tmp_path, capsys)
     capsys.readouterr()
     assert main(argv) == 0
     assert capsys.readouterr().out.count("already done") == 4
+    assert main([*argv, "--set", "mesh=2x4"]) == 0
+    assert capsys.readouterr().out.count("already done") == 4, "on another mesh it is the same study"
     assert main([*argv, "--set", "schemes=int8,int2"]) == 0
     assert capsys.readouterr().out.count("already done") == 3
     assert (tmp_path / "out/compare.json").read_bytes() == first

@@ -130,6 +130,20 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, params, train, da
     assert not any(same_bits(params, train(tmp_path / "other", data, model, seed=1, jobs=jobs), whole).values())
 
 
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
+def test_a_training_goes_on_on_another_mesh(tmp_path, params, train, shape):
+    """Begun on one device, ended on eight: one go's parameters to rounding. Control: another seed's are far."""
+    jobs = {"fp": JOBS["fp"]}
+    whole = train(tmp_path / "whole", jobs=jobs)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "run", stop=3, jobs=jobs)
+    moved = train(tmp_path / "run", *shape, jobs=jobs)
+    for name, array in params(whole["fp"]).items():
+        np.testing.assert_allclose(params(moved["fp"])[name], array, rtol=1e-4, atol=1e-4, err_msg=name)
+    other = train(tmp_path / "other", jobs={"fp": JOBS["fp-7"]})
+    assert not np.allclose(params(other["fp"])["W_dec"], params(moved["fp"])["W_dec"], atol=1e-2)
+
+
 def test_each_job_is_what_training_it_alone_gives(tmp_path, params, train):
     """Two twins and two seeds give three dictionaries and three logs; the last has the bits of training it alone.
     Control: the same twin from the other seed does not."""
