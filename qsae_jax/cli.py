@@ -146,6 +146,7 @@ def _source(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--skip-first", type=_count(0), default=1, help="positions of a window left out of statistics")
     verb.add_argument("--batch", type=_count(0), default=0, help="windows in a forward pass; default: by the device")
     verb.add_argument("--mesh", default="1x1", help="devices over data x over model, or auto")
+    verb.add_argument("--fsdp", action="store_true", help="cut the model's weights over data too")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -46,7 +46,7 @@ def compare(given: Namespace, command: str) -> None:
     budgets = _budgets(fewer, given.retrained, stored["retrained"])
     _check_roles(stored, str(scheme))
     saes = {name: one.sae for name, one in stored.items()}
-    lm = load_lm(given.model, mesh=mesh, processing=given.processing)
+    lm = load_lm(given.model, mesh=mesh, processing=given.processing, fsdp=given.fsdp)
     point = check_point(lm, point_of(given, stored["sae"]))
     check_free(out, "compare", given.model, str(point))
     for sae in [*saes.values(), *budgets.values()]:

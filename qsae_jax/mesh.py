@@ -22,7 +22,8 @@ from qsae_jax import hosts
 from qsae_jax.errors import UserError
 
 AXES = ("data", "model")
-RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "latent": "model", "batch": "data"}
+RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "latent": "model", "batch": "data",
+         "spread": "data"}  # fmt: skip
 
 
 def make_mesh(data: int = 0, model: int = 1) -> Mesh:
@@ -113,6 +114,20 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         if isinstance(leaf, nnx.Variable):
             return leaf.replace(NamedSharding(mesh, spec(_axes(leaf), leaf.shape, mesh)))
         return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def spread(tree: Any) -> Any:
+    """The tree with the residual width of its matrices cut over `data`: each device keeps a part of every weight, and
+    XLA gathers a weight where it is used and lets it go again (FSDP; Zhao et al. 2023, arXiv 2304.11277)."""
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, nnx.Variable) or len(leaf.shape) < 2:
+            return leaf
+        new = leaf.replace(leaf.get_value())
+        new.set_metadata(axes=tuple("spread" if axis == "embed" else axis for axis in _axes(leaf)))
+        return new
 
     return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

@@ -135,6 +135,8 @@ class Study:
     """Windows in a forward pass; 0 chooses by the device."""
     mesh: str = "1x1"
     """Devices over data x over model, or `auto`."""
+    fsdp: bool = False
+    """Whether the model's weights are cut over data too, for one that does not fit otherwise."""
 
     def __post_init__(self) -> None:
         check_processing(self.processing)

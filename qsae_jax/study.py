@@ -62,7 +62,7 @@ class Stages:
     @cached_property
     def lm(self) -> LM:
         s = self.study
-        lm = load_lm(s.model, s.dtype, self.mesh, s.processing)
+        lm = load_lm(s.model, s.dtype, self.mesh, s.processing, s.fsdp)
         for point in (s.point, *s.at, *self.errors_at):
             check_point(lm, point)
         for scheme in (*self.schemes, *map(parse_scheme, s.compared)):

@@ -65,7 +65,7 @@ def audit(given: Namespace, command: str) -> None:
     stored = load_stored(given.sae, mesh)
     point = point_of(given, stored)
     check_free(out, "audit", given.model, point)
-    lm = load_lm(given.model, mesh=mesh, processing=given.processing)
+    lm = load_lm(given.model, mesh=mesh, processing=given.processing, fsdp=given.fsdp)
     windows = windows_of(given, lm)
     notes = notes_of(given, lm, windows, point, {given.sae: (stored, "fp")})
     facts = {"model": given.model, "sae": given.sae, "notes": notes}
@@ -91,7 +91,7 @@ def train(given: Namespace, command: str) -> None:
     if not given.point and not before:
         raise UserError("train needs --point, for example --point blocks.8.resid_post; `qsae points` lists them")
     asked = given.point or point_of(given, before[given.start])
-    lm = load_lm(given.model, mesh=mesh, processing=given.processing)
+    lm = load_lm(given.model, mesh=mesh, processing=given.processing, fsdp=given.fsdp)
     windows, point = windows_of(given, lm), check_point(lm, asked)
     target = check_point(lm, given.target) if given.target else None
     twins = {str(scheme): fake_quantize(lm, scheme) for scheme in schemes}

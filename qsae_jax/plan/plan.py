@@ -23,7 +23,7 @@ from qsae_jax.devices import DEVICES, Device
 from qsae_jax.errors import UserError, nearest
 from qsae_jax.lm.load import abstract_lm, load_config
 from qsae_jax.lm.tap import FINAL, check_point
-from qsae_jax.mesh import MOST_SIMULATED, make_mesh
+from qsae_jax.mesh import MOST_SIMULATED, make_mesh, spread
 from qsae_jax.plan.programs import Cost, Programs, bytes_of, bytes_of_twin, judged, rows, shaped, training
 from qsae_jax.quant.scheme import parse_schemes
 from qsae_jax.recipe import Study
@@ -123,7 +123,8 @@ class _Planning:
         s = self.study
         self.mesh = make_mesh(self.shorter, self.model)
         config = load_config(s.model)
-        self.lm = shaped(abstract_lm(config), self.mesh, jnp.dtype(s.dtype))
+        lm = spread(abstract_lm(config)) if s.fsdp else abstract_lm(config)
+        self.lm = shaped(lm, self.mesh, jnp.dtype(s.dtype))
         self.point = check_point(self.lm, s.point)
         self.cpu = "cores" in self.device
         tokens = tokens_at_once("cpu" if self.cpu else "accelerator")
